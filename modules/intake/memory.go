@@ -1,0 +1,283 @@
+package intake
+
+import (
+	"bytes"
+	"context"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/tidwall/btree"
+
+	"sluice/modules/contract"
+)
+
+// memoryStore keeps orders until the process ends. It serves tests, trials and
+// the measurement of what durability costs.
+type memoryStore struct {
+	mu     sync.RWMutex
+	orders btree.Map[string, *order] // by the bytes of the id, so by time
+	number map[ownedKey]uuid.UUID    // numbers that are held
+	key    map[ownedKey]uuid.UUID    // idempotency keys
+	queue  btree.Map[dueKey, uuid.UUID]
+	wait   btree.Set[string] // unfinished orders
+	count  map[contract.Status]int64
+}
+
+type ownedKey struct{ owner, value string }
+
+// dueKey sorts by time, then by id. It is a string so that the tree's order is
+// the built-in one: eight bytes of time, sixteen of id.
+type dueKey = string
+
+func newMemoryStore() *memoryStore {
+	return &memoryStore{
+		number: map[ownedKey]uuid.UUID{},
+		key:    map[ownedKey]uuid.UUID{},
+		count:  map[contract.Status]int64{},
+	}
+}
+
+func (s *memoryStore) write(_ context.Context, changes []*change) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range changes {
+		if c.insert != nil {
+			s.insert(c)
+		}
+	}
+	for _, c := range changes {
+		for _, m := range c.marks {
+			s.mark(m)
+		}
+	}
+	for _, c := range changes {
+		if c.update != nil {
+			s.update(c)
+		}
+	}
+	return nil
+}
+
+func (s *memoryStore) insert(c *change) {
+	c.found, c.changed = nil, false
+	o := *c.insert
+	if holder, ok := s.holder(&o); ok {
+		if found := *s.at(holder); found.adopt() == save {
+			s.put(&found)
+		}
+		c.found = withoutBody(s.at(holder))
+		return
+	}
+	c.changed = true
+	o.Size = len(o.Body)
+	s.put(&o)
+}
+
+func (s *memoryStore) holder(o *order) (uuid.UUID, bool) {
+	if o.IdempotencyKey != "" {
+		if id, ok := s.key[ownedKey{o.Owner, o.IdempotencyKey}]; ok {
+			return id, true
+		}
+	}
+	if o.Number != "" {
+		if id, ok := s.number[ownedKey{o.Owner, o.Number}]; ok {
+			return id, true
+		}
+	}
+	return uuid.Nil, false
+}
+
+func (s *memoryStore) mark(m mark) {
+	found := s.at(m.id)
+	if found == nil || found.Attempts != m.attempts {
+		return
+	}
+	o := *found
+	o.PublishAt = time.Time{}
+	o.Direct = false
+	s.put(&o)
+}
+
+func (s *memoryStore) update(c *change) {
+	c.found, c.changed = nil, false
+	current := s.at(c.id)
+	if current == nil {
+		return
+	}
+	o := *current
+	o.History = slices.Clone(o.History)
+	switch c.update(&o) {
+	case leave:
+	case save:
+		c.changed = true
+		s.put(&o)
+	case remove:
+		c.changed = true
+		s.drop(current)
+		return
+	}
+	c.found = withoutBody(s.at(c.id))
+}
+
+// put replaces the order and keeps every index in step. Stored orders are never
+// changed in place, so a reader may hold on to one.
+func (s *memoryStore) put(o *order) {
+	if old := s.at(o.ID); old != nil {
+		s.drop(old)
+	}
+	id := string(o.ID[:])
+	s.orders.Set(id, o)
+	s.count[o.Status]++
+	if o.Number != "" && !o.NumberReleased {
+		s.number[ownedKey{o.Owner, o.Number}] = o.ID
+	}
+	if o.IdempotencyKey != "" {
+		s.key[ownedKey{o.Owner, o.IdempotencyKey}] = o.ID
+	}
+	if !o.PublishAt.IsZero() {
+		s.queue.Set(dueKeyOf(o), o.ID)
+	}
+	if !o.Status.Final() {
+		s.wait.Insert(id)
+	}
+}
+
+func (s *memoryStore) drop(o *order) {
+	id := string(o.ID[:])
+	s.orders.Delete(id)
+	s.count[o.Status]--
+	if o.Number != "" && !o.NumberReleased {
+		delete(s.number, ownedKey{o.Owner, o.Number})
+	}
+	if o.IdempotencyKey != "" {
+		delete(s.key, ownedKey{o.Owner, o.IdempotencyKey})
+	}
+	if !o.PublishAt.IsZero() {
+		s.queue.Delete(dueKeyOf(o))
+	}
+	s.wait.Delete(id)
+}
+
+func (s *memoryStore) at(id uuid.UUID) *order {
+	o, _ := s.orders.Get(string(id[:]))
+	return o
+}
+
+func (s *memoryStore) get(_ context.Context, id uuid.UUID) (*order, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	o := s.at(id)
+	if o == nil {
+		return nil, errNotFound
+	}
+	return withoutBody(o), nil
+}
+
+func (s *memoryStore) list(_ context.Context, q query) ([]*order, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var found []*order
+	visit := func(id string, o *order) bool {
+		if q.before != uuid.Nil && bytes.Equal([]byte(id), q.before[:]) {
+			return true
+		}
+		if o.Owner == q.owner && (q.status == "" || o.Status == q.status) && (q.number == "" || o.Number == q.number) {
+			found = append(found, withoutBody(o))
+		}
+		return len(found) < q.limit
+	}
+	if q.before == uuid.Nil {
+		s.orders.Reverse(visit)
+	} else {
+		s.orders.Descend(string(q.before[:]), visit)
+	}
+	return found, nil
+}
+
+func (s *memoryStore) due(_ context.Context, now time.Time, limit, size int) ([]*order, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var found []*order
+	total := 0
+	s.queue.Scan(func(_ dueKey, id uuid.UUID) bool {
+		o := s.at(id)
+		if !o.due(now) || len(found) >= limit || (total >= size && len(found) > 0) {
+			return false
+		}
+		found = append(found, o)
+		total += o.Size
+		return true
+	})
+	return found, nil
+}
+
+func (s *memoryStore) nextDue(context.Context) (time.Time, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	_, id, ok := s.queue.Min()
+	if !ok {
+		return time.Time{}, nil
+	}
+	return s.at(id).PublishAt, nil
+}
+
+// recover has nothing to do: no order outlives the process that published it.
+func (s *memoryStore) recover(context.Context, time.Time) (int, error) { return 0, nil }
+
+func (s *memoryStore) counts() map[contract.Status]int64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return maps.Clone(s.count)
+}
+
+func (s *memoryStore) oldestWaiting(context.Context) (time.Time, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	id, ok := s.wait.Min()
+	if !ok {
+		return time.Time{}, nil
+	}
+	o, _ := s.orders.Get(id)
+	return o.AcceptedAt, nil
+}
+
+func (s *memoryStore) purge(_ context.Context, finishedBefore time.Time, limit int) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var old []*order
+	s.orders.Scan(func(_ string, o *order) bool {
+		if !o.AcceptedAt.Before(finishedBefore) || len(old) >= limit {
+			return false
+		}
+		if o.Status.Final() && o.FinishedAt.Before(finishedBefore) {
+			old = append(old, o)
+		}
+		return true
+	})
+	for _, o := range old {
+		s.drop(o)
+	}
+	return len(old), nil
+}
+
+func (s *memoryStore) ping(context.Context) error { return nil }
+
+func (s *memoryStore) close() error { return nil }
+
+func withoutBody(o *order) *order {
+	c := *o
+	c.Body = nil
+	return &c
+}
+
+func dueKeyOf(o *order) dueKey {
+	at := uint64(max(0, o.PublishAt.UnixMicro()))
+	key := make([]byte, 0, 24)
+	for shift := 56; shift >= 0; shift -= 8 {
+		key = append(key, byte(at>>shift))
+	}
+	return string(append(key, o.ID[:]...))
+}

@@ -1,0 +1,81 @@
+package intake
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/google/uuid"
+
+	"sluice/modules/contract"
+)
+
+const (
+	projectPauseMin = 50 * time.Millisecond
+	projectPauseMax = 2 * time.Second
+)
+
+// project takes an outcome over into its order. It returns when that is
+// durable, so an acknowledged outcome is a stored one. While the store cannot
+// be written it holds the message and tries again: to nack at once would only
+// bring the message back at once.
+func (m *Module) project(msg *message.Message) error {
+	out, err := contract.DecodeOutcome(msg)
+	if err != nil {
+		return err
+	}
+	if out.Type == contract.TypeDead {
+		return nil // our own news, published for others
+	}
+	id, err := uuid.Parse(out.OrderID)
+	if err != nil {
+		return errors.Join(contract.ErrUndecodable, err)
+	}
+	for pause := projectPauseMin; ; pause = min(2*pause, projectPauseMax) {
+		if err = m.finish(msg.Context(), id, out); err == nil {
+			return nil
+		}
+		if msg.Context().Err() != nil {
+			return err
+		}
+		m.logger.Error("cannot store an outcome; it is held and tried again", "order_id", id, "error", err)
+		wait(msg.Context(), pause, nil)
+		if msg.Context().Err() != nil {
+			return err
+		}
+	}
+}
+
+// finish applies the outcome and tells of the end of an order.
+func (m *Module) finish(ctx context.Context, id uuid.UUID, out contract.Outcome) error {
+	c := &change{id: id, update: func(o *order) verdict {
+		return o.apply(out, now(), m.retry)
+	}}
+	if err := m.writer.do(ctx, c); err != nil {
+		return err
+	}
+	m.relay.finished(id)
+	if c.found == nil {
+		m.logger.Warn("an outcome arrived for an order that does not exist; the database may be older than the broker's messages",
+			"order_id", id, "outcome", out.Type)
+		return nil
+	}
+	if c.changed {
+		m.tell(c.found, out)
+	}
+	return nil
+}
+
+func (m *Module) tell(o *order, out contract.Outcome) {
+	switch o.Status {
+	case contract.StatusDead:
+		m.logger.Warn("order is dead: its last attempt failed; replay it with POST /admin/orders/{id}/replay",
+			"order_id", o.ID, "trace_id", o.traceID(), "attempts", o.Attempts, "error", out.Error)
+	default:
+		m.logger.Debug("order "+string(o.Status), "order_id", o.ID, "trace_id", o.traceID(), "attempts", o.Attempts)
+	}
+}
+
+// now is the time as orders keep it.
+func now() time.Time { return time.Now().UTC().Truncate(time.Microsecond) }

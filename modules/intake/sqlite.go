@@ -1,0 +1,597 @@
+package intake
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"sluice/modules/contract"
+	"sluice/platform/database"
+)
+
+//go:embed migrations/sqlite/*.sql
+var sqliteMigrations embed.FS
+
+// sqliteStore keeps orders in one SQLite file, which belongs to this process.
+type sqliteStore struct {
+	db     *database.SQLite
+	logger *slog.Logger
+
+	insertMany *sql.Stmt // insertRows orders in one statement
+	insertOne  *sql.Stmt
+	updateOne  *sql.Stmt
+	markOne    *sql.Stmt
+	selectOne  *sql.Stmt // on the writing connection, inside of a transaction
+	readOne    *sql.Stmt
+	readDue    *sql.Stmt
+	countBy    *sql.Stmt
+
+	mu    sync.RWMutex
+	count map[contract.Status]int64
+}
+
+// insertRows is how many orders one statement inserts when there are as many:
+// the driver's cost per statement is then shared.
+const insertRows = 32
+
+const (
+	orderColumns = `id, owner, number, released, idempotency_key, status, attempts, attempt_base, direct,
+		accepted_at, updated_at, finished_at, publish_at, trace_parent, trace_state,
+		backend_status, backend_type, backend_body, problem, history, hash, size, content_type`
+	insertOrder = `INSERT INTO orders (` + orderColumns + `, body) VALUES `
+	insertRow   = `(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)`
+	insertGuard = ` ON CONFLICT DO NOTHING`
+	selectOrder = `SELECT ` + orderColumns + ` FROM orders `
+	updateOrder = `UPDATE orders SET released=?, status=?, attempts=?, attempt_base=?, direct=?, updated_at=?, finished_at=?,
+		publish_at=?, backend_status=?, backend_type=?, backend_body=?, problem=?, history=? WHERE id=?`
+	// A mark also ends the protection of an order whose direct call died.
+	markOrder = `UPDATE orders SET publish_at=NULL, direct=0 WHERE id=? AND attempts=?`
+)
+
+func openSQLiteStore(ctx context.Context, path string, logger *slog.Logger) (*sqliteStore, error) {
+	migrations, err := fs.Sub(sqliteMigrations, "migrations/sqlite")
+	if err != nil {
+		return nil, fmt.Errorf("read migrations: %w", err)
+	}
+	db, err := database.OpenSQLite(ctx, path, migrations)
+	if err != nil {
+		return nil, err
+	}
+	s := &sqliteStore{db: db, logger: logger, count: map[contract.Status]int64{}}
+	if err := s.prepare(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("open database %s: %w", path, err), s.close())
+	}
+	return s, nil
+}
+
+func (s *sqliteStore) prepare(ctx context.Context) error {
+	for _, p := range []struct {
+		stmt **sql.Stmt
+		db   *sql.DB
+		text string
+	}{
+		{&s.insertMany, s.db.Write, insertOrder + strings.Repeat(insertRow+",", insertRows-1) + insertRow + insertGuard},
+		{&s.insertOne, s.db.Write, insertOrder + insertRow + insertGuard},
+		{&s.updateOne, s.db.Write, updateOrder},
+		{&s.markOne, s.db.Write, markOrder},
+		{&s.selectOne, s.db.Write, selectOrder + `WHERE id=?`},
+		{&s.countBy, s.db.Write, `INSERT INTO order_counts (status, n) VALUES (?, ?) ON CONFLICT (status) DO UPDATE SET n = n + excluded.n`},
+		{&s.readOne, s.db.Read, selectOrder + `WHERE id=?`},
+		{&s.readDue, s.db.Read, `SELECT ` + orderColumns + `, body FROM orders WHERE publish_at <= ? ORDER BY publish_at, id LIMIT ?`},
+	} {
+		var err error
+		if *p.stmt, err = p.db.PrepareContext(ctx, p.text); err != nil {
+			return err
+		}
+	}
+	rows, err := s.db.Read.QueryContext(ctx, `SELECT status, n FROM order_counts`)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var status contract.Status
+		var n int64
+		if err := rows.Scan(&status, &n); err != nil {
+			return err
+		}
+		s.count[status] = n
+	}
+	return rows.Err()
+}
+
+// writeTimeout bounds a transaction. It is long, since a checkpoint on a slow
+// disk takes its time, and it ends what would otherwise hang for ever.
+const writeTimeout = 30 * time.Second
+
+func (s *sqliteStore) write(ctx context.Context, changes []*change) error {
+	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	tx, err := s.db.Write.BeginTx(ctx, nil)
+	if err != nil {
+		return fmt.Errorf("begin transaction: %w", err)
+	}
+	w := &sqliteWrite{store: s, tx: tx, delta: map[contract.Status]int64{}}
+	if err := w.all(ctx, changes); err != nil {
+		return errors.Join(err, rollback(tx))
+	}
+	if err := tx.Commit(); err != nil {
+		return errors.Join(fmt.Errorf("commit transaction: %w", err), rollback(tx))
+	}
+	s.add(w.delta)
+	return nil
+}
+
+func rollback(tx *sql.Tx) error {
+	if err := tx.Rollback(); err != nil && !errors.Is(err, sql.ErrTxDone) {
+		return fmt.Errorf("roll back transaction: %w", err)
+	}
+	return nil
+}
+
+// add takes committed changes over into the counts that are read without I/O.
+func (s *sqliteStore) add(delta map[contract.Status]int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for status, n := range delta {
+		s.count[status] += n
+	}
+}
+
+// sqliteWrite is one transaction.
+type sqliteWrite struct {
+	store *sqliteStore
+	tx    *sql.Tx
+	delta map[contract.Status]int64 // change of the counts
+}
+
+func (w *sqliteWrite) all(ctx context.Context, changes []*change) error {
+	var inserts []*change
+	for _, c := range changes {
+		c.found, c.changed = nil, false
+		if c.insert != nil {
+			inserts = append(inserts, c)
+		}
+	}
+	for len(inserts) > 0 {
+		n := 1
+		if len(inserts) >= insertRows {
+			n = insertRows
+		}
+		if err := w.insert(ctx, inserts[:n]); err != nil {
+			return err
+		}
+		inserts = inserts[n:]
+	}
+	for _, c := range changes {
+		for _, m := range c.marks {
+			if _, err := w.tx.StmtContext(ctx, w.store.markOne).ExecContext(ctx, m.id[:], m.attempts); err != nil {
+				return fmt.Errorf("mark order %s as published: %w", m.id, err)
+			}
+		}
+	}
+	for _, c := range changes {
+		if c.update != nil {
+			if err := w.update(ctx, c); err != nil {
+				return fmt.Errorf("update order %s: %w", c.id, err)
+			}
+		}
+	}
+	for status, n := range w.delta {
+		if _, err := w.tx.StmtContext(ctx, w.store.countBy).ExecContext(ctx, string(status), n); err != nil {
+			return fmt.Errorf("count orders: %w", err)
+		}
+	}
+	return nil
+}
+
+// insert adds one or insertRows orders. Those whose number or key is taken are
+// left out by the database, and then looked for.
+func (w *sqliteWrite) insert(ctx context.Context, changes []*change) error {
+	stmt := w.store.insertOne
+	if len(changes) > 1 {
+		stmt = w.store.insertMany
+	}
+	args := make([]any, 0, 24*len(changes))
+	for _, c := range changes {
+		args = appendOrder(args, c.insert)
+	}
+	res, err := w.tx.StmtContext(ctx, stmt).ExecContext(ctx, args...)
+	if err != nil {
+		return fmt.Errorf("insert %d orders: %w", len(changes), err)
+	}
+	n, err := res.RowsAffected()
+	if err != nil {
+		return fmt.Errorf("insert %d orders: %w", len(changes), err)
+	}
+	for _, c := range changes {
+		c.changed = true
+	}
+	if int(n) < len(changes) {
+		if err := w.resolve(ctx, changes); err != nil {
+			return fmt.Errorf("look for the holder of a number: %w", err)
+		}
+	}
+	for _, c := range changes {
+		if c.changed {
+			w.delta[c.insert.Status]++
+		}
+	}
+	return nil
+}
+
+// resolve finds out which of the orders were not inserted, and because of
+// which others.
+func (w *sqliteWrite) resolve(ctx context.Context, changes []*change) error {
+	for _, c := range changes {
+		o := c.insert
+		self, err := w.find(ctx, `WHERE id=?`, o.ID[:])
+		if err != nil {
+			return err
+		}
+		if self != nil {
+			continue
+		}
+		c.changed = false
+		if o.IdempotencyKey != "" {
+			if c.found, err = w.find(ctx, `WHERE idempotency_key=? AND owner=?`, o.IdempotencyKey, o.Owner); err != nil {
+				return err
+			}
+		}
+		if c.found == nil {
+			if c.found, err = w.find(ctx, `WHERE number=? AND owner=? AND released=x''`, o.Number, o.Owner); err != nil {
+				return err
+			}
+		}
+		if c.found == nil {
+			return fmt.Errorf("order %s was not inserted, and nothing holds its number %q or key", o.ID, o.Number)
+		}
+		if c.found.adopt() == save {
+			if err := w.put(ctx, c.found); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (w *sqliteWrite) find(ctx context.Context, where string, args ...any) (*order, error) {
+	o, err := scanOrder(w.tx.QueryRowContext(ctx, selectOrder+where, args...))
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, nil
+	}
+	return o, err
+}
+
+func (w *sqliteWrite) update(ctx context.Context, c *change) error {
+	o, err := scanOrder(w.tx.StmtContext(ctx, w.store.selectOne).QueryRowContext(ctx, c.id[:]))
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	before := o.Status
+	switch c.update(o) {
+	case leave:
+	case save:
+		c.changed = true
+		w.delta[before]--
+		w.delta[o.Status]++
+		if err := w.put(ctx, o); err != nil {
+			return err
+		}
+	case remove:
+		c.changed = true
+		w.delta[before]--
+		_, err := w.tx.ExecContext(ctx, `DELETE FROM orders WHERE id=?`, c.id[:])
+		return err
+	}
+	c.found = o
+	return nil
+}
+
+func (w *sqliteWrite) put(ctx context.Context, o *order) error {
+	history, err := encodeHistory(o.History)
+	if err != nil {
+		return err
+	}
+	_, err = w.tx.StmtContext(ctx, w.store.updateOne).ExecContext(ctx,
+		released(o), string(o.Status), o.Attempts, o.AttemptBase, o.Direct, micros(o.UpdatedAt), micros(o.FinishedAt),
+		micros(o.PublishAt), o.BackendStatus, o.BackendType, o.BackendBody, o.Problem, history, o.ID[:])
+	return err
+}
+
+func (s *sqliteStore) get(ctx context.Context, id uuid.UUID) (*order, error) {
+	o, err := scanOrder(s.readOne.QueryRowContext(ctx, id[:]))
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, errNotFound
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read order %s: %w", id, err)
+	}
+	return o, nil
+}
+
+func (s *sqliteStore) list(ctx context.Context, q query) ([]*order, error) {
+	where, args := []string{"owner=?"}, []any{q.owner}
+	add := func(condition string, values ...any) {
+		where = append(where, condition)
+		args = append(args, values...)
+	}
+	switch {
+	case q.status == "":
+	case q.status.Final():
+		add("status=?", string(q.status))
+	default:
+		// Says what orders_waiting holds, so that the planner sees that it fits.
+		add("status=? AND finished_at IS NULL", string(q.status))
+	}
+	if q.status == contract.StatusRejected || q.status == contract.StatusDead {
+		add("status IN ('rejected', 'dead')") // likewise for orders_failed
+	}
+	if q.number != "" {
+		add("number=?", q.number)
+	}
+	if q.before != uuid.Nil {
+		add("id<?", q.before[:])
+	}
+	rows, err := s.db.Read.QueryContext(ctx, selectOrder+`WHERE `+strings.Join(where, " AND ")+` ORDER BY id DESC LIMIT ?`, append(args, q.limit)...)
+	if err != nil {
+		return nil, fmt.Errorf("list orders: %w", err)
+	}
+	defer rows.Close()
+	var found []*order
+	for rows.Next() {
+		o, err := scanOrder(rows)
+		if err != nil {
+			return nil, fmt.Errorf("list orders: %w", err)
+		}
+		found = append(found, o)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("list orders: %w", err)
+	}
+	return found, nil
+}
+
+func (s *sqliteStore) due(ctx context.Context, now time.Time, limit, size int) ([]*order, error) {
+	rows, err := s.readDue.QueryContext(ctx, now.UnixMicro(), limit)
+	if err != nil {
+		return nil, fmt.Errorf("read due orders: %w", err)
+	}
+	defer rows.Close()
+	var found []*order
+	for total := 0; total < size && rows.Next(); {
+		var body []byte
+		o, err := scanOrder(rows, &body)
+		if err != nil {
+			return nil, fmt.Errorf("read due orders: %w", err)
+		}
+		o.Body = body
+		total += len(body)
+		found = append(found, o)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("read due orders: %w", err)
+	}
+	return found, nil
+}
+
+func (s *sqliteStore) nextDue(ctx context.Context) (time.Time, error) {
+	return s.time(ctx, `SELECT publish_at FROM orders WHERE publish_at IS NOT NULL ORDER BY publish_at LIMIT 1`)
+}
+
+func (s *sqliteStore) oldestWaiting(ctx context.Context) (time.Time, error) {
+	var oldest time.Time
+	for _, status := range []contract.Status{contract.StatusAccepted, contract.StatusRetrying} {
+		at, err := s.time(ctx, `SELECT accepted_at FROM orders WHERE finished_at IS NULL AND status=? ORDER BY id LIMIT 1`, string(status))
+		if err != nil {
+			return time.Time{}, err
+		}
+		if !at.IsZero() && (oldest.IsZero() || at.Before(oldest)) {
+			oldest = at
+		}
+	}
+	return oldest, nil
+}
+
+// time reads one time, zero where the statement finds none.
+func (s *sqliteStore) time(ctx context.Context, statement string, args ...any) (time.Time, error) {
+	var at int64
+	switch err := s.db.Read.QueryRowContext(ctx, statement, args...).Scan(&at); {
+	case errors.Is(err, sql.ErrNoRows):
+		return time.Time{}, nil
+	case err != nil:
+		return time.Time{}, fmt.Errorf("read time: %w", err)
+	}
+	return time.UnixMicro(at).UTC(), nil
+}
+
+func (s *sqliteStore) recover(ctx context.Context, now time.Time) (int, error) {
+	total := 0
+	// The lock of the file says that no other process is busy with any order.
+	for _, which := range []string{`finished_at IS NULL AND publish_at IS NULL`, `finished_at IS NULL AND publish_at > ? AND direct=1`} {
+		args := []any{now.UnixMicro(), now.UnixMicro()}
+		res, err := s.db.Write.ExecContext(ctx, `UPDATE orders SET publish_at=?, direct=0 WHERE `+which, args[:1+strings.Count(which, "?")]...)
+		if err != nil {
+			return 0, fmt.Errorf("recover orders: %w", err)
+		}
+		n, err := res.RowsAffected()
+		if err != nil {
+			return 0, fmt.Errorf("recover orders: %w", err)
+		}
+		total += int(n)
+	}
+	return total, nil
+}
+
+func (s *sqliteStore) counts() map[contract.Status]int64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return maps.Clone(s.count)
+}
+
+// purge looks through the orders from the oldest on: what finished long ago
+// was accepted even earlier, so it needs no index of its own.
+func (s *sqliteStore) purge(ctx context.Context, finishedBefore time.Time, limit int) (int, error) {
+	tx, err := s.db.Write.BeginTx(ctx, nil)
+	if err != nil {
+		return 0, fmt.Errorf("purge orders: %w", err)
+	}
+	delta, err := purgeIn(ctx, tx, finishedBefore, limit)
+	if err != nil {
+		return 0, errors.Join(fmt.Errorf("purge orders: %w", err), rollback(tx))
+	}
+	if err := tx.Commit(); err != nil {
+		return 0, errors.Join(fmt.Errorf("purge orders: %w", err), rollback(tx))
+	}
+	s.add(delta)
+	deleted := 0
+	for _, n := range delta {
+		deleted -= int(n)
+	}
+	return deleted, nil
+}
+
+func purgeIn(ctx context.Context, tx *sql.Tx, finishedBefore time.Time, limit int) (map[contract.Status]int64, error) {
+	rows, err := tx.QueryContext(ctx, `DELETE FROM orders WHERE rowid IN (
+		SELECT rowid FROM orders WHERE id < ? AND finished_at < ? ORDER BY id LIMIT ?) RETURNING status`,
+		idAt(finishedBefore), finishedBefore.UnixMicro(), limit)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	delta := map[contract.Status]int64{}
+	for rows.Next() {
+		var status contract.Status
+		if err := rows.Scan(&status); err != nil {
+			return nil, err
+		}
+		delta[status]--
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	for status, n := range delta {
+		if _, err := tx.ExecContext(ctx, `UPDATE order_counts SET n = n + ? WHERE status = ?`, n, string(status)); err != nil {
+			return nil, err
+		}
+	}
+	return delta, nil
+}
+
+// idAt returns the smallest id of an order accepted at that time (RFC 9562,
+// section 5.7: the first 48 bits are milliseconds since 1970).
+func idAt(at time.Time) []byte {
+	ms := uint64(max(0, at.UnixMilli()))
+	id := make([]byte, 16)
+	for i := range 6 {
+		id[i] = byte(ms >> (40 - 8*i))
+	}
+	return id
+}
+
+// ping commits a transaction that changes nothing but has to be written, so
+// that it fails when the disk is full or the file cannot be written.
+func (s *sqliteStore) ping(ctx context.Context) error {
+	if _, err := s.db.Write.ExecContext(ctx, `INSERT INTO order_counts (status, n) VALUES ('accepted', 0) ON CONFLICT (status) DO UPDATE SET n = n + 0`); err != nil {
+		return fmt.Errorf("write to the database: %w", err)
+	}
+	return nil
+}
+
+func (s *sqliteStore) close() error {
+	var errs []error
+	for _, stmt := range []*sql.Stmt{s.insertMany, s.insertOne, s.updateOne, s.markOne, s.selectOne, s.countBy, s.readOne, s.readDue} {
+		if stmt != nil {
+			errs = append(errs, stmt.Close())
+		}
+	}
+	return errors.Join(append(errs, s.db.Close())...)
+}
+
+func appendOrder(args []any, o *order) []any {
+	return append(args, o.ID[:], o.Owner, nullable(o.Number), released(o), nullable(o.IdempotencyKey),
+		string(o.Status), o.Attempts, o.AttemptBase, o.Direct,
+		micros(o.AcceptedAt), micros(o.UpdatedAt), micros(o.FinishedAt), micros(o.PublishAt), o.TraceParent, o.TraceState,
+		o.BackendStatus, o.BackendType, o.BackendBody, o.Problem, nil, o.Hash[:], len(o.Body), o.ContentType, o.Body)
+}
+
+// scanner is a *sql.Row or *sql.Rows.
+type scanner interface{ Scan(...any) error }
+
+// scanOrder reads the columns orderColumns, and those after them into more.
+func scanOrder(row scanner, more ...any) (*order, error) {
+	var (
+		o                           order
+		id, released, hash, history []byte
+		number, key                 sql.NullString
+		accepted, updated           int64
+		finished, publish           sql.NullInt64
+	)
+	dest := []any{&id, &o.Owner, &number, &released, &key, &o.Status, &o.Attempts, &o.AttemptBase, &o.Direct,
+		&accepted, &updated, &finished, &publish, &o.TraceParent, &o.TraceState,
+		&o.BackendStatus, &o.BackendType, &o.BackendBody, &o.Problem, &history, &hash, &o.Size, &o.ContentType}
+	if err := row.Scan(append(dest, more...)...); err != nil {
+		return nil, err
+	}
+	copy(o.ID[:], id)
+	copy(o.Hash[:], hash)
+	o.Number, o.IdempotencyKey = number.String, key.String
+	o.NumberReleased = len(released) > 0
+	o.AcceptedAt, o.UpdatedAt = time.UnixMicro(accepted).UTC(), time.UnixMicro(updated).UTC()
+	if finished.Valid {
+		o.FinishedAt = time.UnixMicro(finished.Int64).UTC()
+	}
+	if publish.Valid {
+		o.PublishAt = time.UnixMicro(publish.Int64).UTC()
+	}
+	if len(history) > 0 {
+		if err := json.Unmarshal(history, &o.History); err != nil {
+			return nil, fmt.Errorf("read history of order %s: %w", o.ID, err)
+		}
+	}
+	return &o, nil
+}
+
+func encodeHistory(history []attempt) ([]byte, error) {
+	if len(history) == 0 {
+		return nil, nil
+	}
+	return json.Marshal(history)
+}
+
+// released is part of the unique index over numbers: equal (empty) for those
+// who hold theirs, different for those who do not.
+func released(o *order) []byte {
+	if o.NumberReleased {
+		return o.ID[:]
+	}
+	return []byte{}
+}
+
+func micros(t time.Time) any {
+	if t.IsZero() {
+		return nil
+	}
+	return t.UnixMicro()
+}
+
+func nullable(s string) any {
+	if s == "" {
+		return nil
+	}
+	return s
+}

@@ -1,0 +1,138 @@
+package intake
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+
+	"sluice/modules/contract"
+)
+
+// Stats is what an operator wants to know of intake at a glance.
+type Stats struct {
+	Backlog       int64         // orders that are not final
+	OldestWaiting time.Duration // age of the oldest of them, 0 when there is none
+	AcceptedRate  float64       // per second, over the last rateSeconds
+	SavedRate     float64
+}
+
+// rateSeconds is the span over which rates are averaged.
+const rateSeconds = 10
+
+// stats counts what the module does. It is safe for concurrent use.
+type stats struct {
+	acceptedRate rate
+	savedRate    rate
+	// retryAfter is what clients are told, in seconds.
+	retryAfter atomic.Int64
+
+	acceptedTotal metric.Int64Counter
+	finishedTotal metric.Int64Counter
+}
+
+// newStats registers the module's instruments; the store is asked for the
+// gauges whenever somebody reads them.
+func newStats(meter metric.Meter, s store) (*stats, error) {
+	st := &stats{}
+	st.retryAfter.Store(1)
+	var err error
+	if st.acceptedTotal, err = meter.Int64Counter("sluice.orders.accepted", metric.WithDescription("Orders accepted, that is, committed to storage."), metric.WithUnit("{order}")); err != nil {
+		return nil, err
+	}
+	if st.finishedTotal, err = meter.Int64Counter("sluice.orders.finished", metric.WithDescription("Orders that became final, by status."), metric.WithUnit("{order}")); err != nil {
+		return nil, err
+	}
+	byStatus, err := meter.Int64ObservableGauge("sluice.orders", metric.WithDescription("Orders in the store, by status."), metric.WithUnit("{order}"))
+	if err != nil {
+		return nil, err
+	}
+	backlog, err := meter.Int64ObservableGauge("sluice.backlog", metric.WithDescription("Orders accepted and not final."), metric.WithUnit("{order}"))
+	if err != nil {
+		return nil, err
+	}
+	oldest, err := meter.Float64ObservableGauge("sluice.backlog.oldest.age", metric.WithDescription("Age of the oldest order that is not final."), metric.WithUnit("s"))
+	if err != nil {
+		return nil, err
+	}
+	_, err = meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
+		counts := s.counts()
+		for _, status := range contract.Statuses() {
+			o.ObserveInt64(byStatus, counts[status], metric.WithAttributes(attribute.String("status", string(status))))
+		}
+		o.ObserveInt64(backlog, backlogOf(counts))
+		age, err := oldestAge(ctx, s)
+		o.ObserveFloat64(oldest, age.Seconds())
+		return err
+	}, byStatus, backlog, oldest)
+	return st, err
+}
+
+func (st *stats) accepted(n int64) {
+	st.acceptedRate.add(time.Now(), n)
+	st.acceptedTotal.Add(context.Background(), n) // a counter has no use for a request's context
+}
+
+func (st *stats) finished(status contract.Status) {
+	if status == contract.StatusSaved {
+		st.savedRate.add(time.Now(), 1)
+	}
+	st.finishedTotal.Add(context.Background(), 1, metric.WithAttributes(attribute.String("status", string(status)))) // as above
+}
+
+// expect works out what clients are told to wait: how long the backlog takes
+// at the present pace, from a second to a minute.
+func (st *stats) expect(backlog int64) {
+	seconds := int64(1)
+	if pace := st.savedRate.perSecond(time.Now()); pace > 0 {
+		seconds = int64(float64(backlog) / pace)
+	}
+	st.retryAfter.Store(min(max(seconds, 1), 60))
+}
+
+func backlogOf(counts map[contract.Status]int64) int64 {
+	return counts[contract.StatusAccepted] + counts[contract.StatusRetrying]
+}
+
+func oldestAge(ctx context.Context, s store) (time.Duration, error) {
+	at, err := s.oldestWaiting(ctx)
+	if err != nil || at.IsZero() {
+		return 0, err
+	}
+	return max(0, time.Since(at)), nil
+}
+
+// rate counts events per second over the last rateSeconds whole seconds.
+type rate struct {
+	mu      sync.Mutex
+	seconds [rateSeconds + 1]struct {
+		at int64
+		n  int64
+	}
+}
+
+func (r *rate) add(now time.Time, n int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	at := now.Unix()
+	s := &r.seconds[at%int64(len(r.seconds))]
+	if s.at != at {
+		s.at, s.n = at, 0
+	}
+	s.n += n
+}
+
+func (r *rate) perSecond(now time.Time) float64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var n int64
+	for _, s := range r.seconds {
+		if age := now.Unix() - s.at; age >= 1 && age <= rateSeconds {
+			n += s.n
+		}
+	}
+	return float64(n) / rateSeconds
+}

@@ -1,0 +1,106 @@
+package intake
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/google/uuid"
+
+	"sluice/modules/contract"
+)
+
+// store keeps orders. Every implementation passes the same suite.
+//
+// All writes of a process go through write, in groups: what write was given
+// is durable when it returns nil, and none of it happened when it returns an
+// error. Methods are safe for concurrent use.
+type store interface {
+	// write applies the changes in one transaction: insertions first, then
+	// marks, then updates, each kind in the order given.
+	write(ctx context.Context, changes []*change) error
+
+	// get returns the order without its body, or errNotFound.
+	get(ctx context.Context, id uuid.UUID) (*order, error)
+	// list returns at most q.limit orders without bodies, newest first.
+	list(ctx context.Context, q query) ([]*order, error)
+
+	// due returns orders with their bodies that the relay is to publish now,
+	// longest due first: at most limit, and no more once their bodies have
+	// reached size bytes (but at least one).
+	due(ctx context.Context, now time.Time, limit, size int) ([]*order, error)
+	// nextDue returns when the next order becomes due, or the zero time.
+	nextDue(ctx context.Context) (time.Time, error)
+	// recover makes every unfinished order due that no running process is
+	// busy with: all that are marked as published (when their messages did
+	// not survive) and those whose direct call died with its process.
+	recover(ctx context.Context, now time.Time) (int, error)
+
+	// counts returns the number of orders in each state. It does no I/O.
+	counts() map[contract.Status]int64
+	// oldestWaiting returns when the oldest unfinished order was accepted, or
+	// the zero time.
+	oldestWaiting(ctx context.Context) (time.Time, error)
+	// purge deletes at most limit orders that finished before the given time
+	// and returns how many it deleted.
+	purge(ctx context.Context, finishedBefore time.Time, limit int) (int, error)
+	// ping reports whether orders can be read and written.
+	ping(ctx context.Context) error
+	// close waits for what is under way. The store cannot be used afterwards.
+	close() error
+}
+
+// change is one thing to write: an insertion (insert is set), a mark (marks is
+// set), or an update of order id (update is set).
+type change struct {
+	// insert adds an order, unless its number or its idempotency key is taken
+	// within its owner's orders. Then found is the order that holds the key
+	// or, if the key is free, the number.
+	insert *order
+
+	// marks notes that the relay has published orders.
+	marks []mark
+
+	// update changes the order id. It must depend on the order only: it may
+	// be called more than once. The order is passed without its body. found is
+	// the order as it is afterwards, nil if there is none; changed says that
+	// the update did not leave it as it was.
+	id     uuid.UUID
+	update func(*order) verdict
+
+	found   *order
+	changed bool
+}
+
+// mark identifies a publication: that of an order after so many attempts. A
+// mark that comes late, after the next attempt has been scheduled, therefore
+// wipes nothing out.
+type mark struct {
+	id       uuid.UUID
+	attempts int
+}
+
+// query selects orders for a list.
+type query struct {
+	owner  string
+	status contract.Status // "" = any
+	number string          // "" = any
+	before uuid.UUID       // only older ones; uuid.Nil = from the newest on
+	limit  int
+}
+
+// errNotFound is returned by store.get.
+var errNotFound = fmt.Errorf("no such order")
+
+// openStore opens the store that the configuration names.
+func openStore(ctx context.Context, cfg StoreConfig, logger *slog.Logger) (store, error) {
+	switch cfg.Driver {
+	case DriverMemory:
+		return newMemoryStore(), nil
+	case DriverSQLite:
+		return openSQLiteStore(ctx, cfg.DSN, logger)
+	default:
+		return nil, fmt.Errorf("store.driver: unknown driver %q, want memory or sqlite", cfg.Driver)
+	}
+}

@@ -1,0 +1,448 @@
+package intake
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/stretchr/testify/require"
+
+	"sluice/modules/contract"
+)
+
+// storeUnderTest opens stores of one kind. reopen is nil for those that forget.
+type storeUnderTest struct {
+	name   string
+	open   func(t *testing.T) store
+	reopen func(t *testing.T, s store) store
+}
+
+func storesUnderTest() []storeUnderTest {
+	paths := map[store]string{}
+	openAt := func(t *testing.T, path string) store {
+		s, err := openSQLiteStore(t.Context(), path, slog.New(slog.DiscardHandler))
+		require.NoError(t, err)
+		paths[s] = path
+		return s
+	}
+	return []storeUnderTest{
+		{name: "memory", open: func(*testing.T) store { return newMemoryStore() }},
+		{
+			name: "sqlite",
+			open: func(t *testing.T) store { return openAt(t, filepath.Join(t.TempDir(), "orders.db")) },
+			reopen: func(t *testing.T, s store) store {
+				require.NoError(t, s.close())
+				return openAt(t, paths[s])
+			},
+		},
+	}
+}
+
+// TestStore is the suite that every store passes.
+func TestStore(t *testing.T) {
+	for _, kind := range storesUnderTest() {
+		t.Run(kind.name, func(t *testing.T) {
+			for name, test := range storeSuite {
+				t.Run(name, func(t *testing.T) {
+					s := kind.open(t)
+					t.Cleanup(func() { require.NoError(t, s.close()) })
+					test(t, s)
+				})
+			}
+			if kind.reopen == nil {
+				return
+			}
+			t.Run("keeps everything when it is opened again", func(t *testing.T) {
+				s := kind.open(t)
+				o := testOrder("A-1")
+				o.IdempotencyKey = "key-1"
+				insertOrders(t, s, o)
+				want, err := s.get(t.Context(), o.ID)
+				require.NoError(t, err)
+				s = kind.reopen(t, s)
+				defer func() { require.NoError(t, s.close()) }()
+				got, err := s.get(t.Context(), o.ID)
+				require.NoError(t, err)
+				require.Equal(t, want, got)
+				require.Equal(t, int64(1), s.counts()[contract.StatusAccepted])
+			})
+			t.Run("makes published and direct orders due again", func(t *testing.T) {
+				s := kind.open(t)
+				published, waiting, direct, saved := testOrder("A-1"), testOrder("A-2"), testOrder("A-3"), testOrder("A-4")
+				later := published.AcceptedAt.Add(time.Hour)
+				waiting.PublishAt = later
+				direct.Direct, direct.PublishAt = true, later
+				insertOrders(t, s, published, waiting, direct, saved)
+				writeAll(t, s, &change{marks: []mark{{published.ID, 0}}})
+				update(t, s, saved.ID, finishAs(contract.StatusSaved))
+				s = kind.reopen(t, s)
+				defer func() { require.NoError(t, s.close()) }()
+
+				n, err := s.recover(t.Context(), published.AcceptedAt)
+				require.NoError(t, err)
+				require.Equal(t, 2, n)
+				require.ElementsMatch(t, []uuid.UUID{published.ID, direct.ID}, dueIDs(t, s, published.AcceptedAt))
+				o, err := s.get(t.Context(), direct.ID)
+				require.NoError(t, err)
+				require.False(t, o.Direct)
+			})
+		})
+	}
+}
+
+var storeSuite = map[string]func(*testing.T, store){
+	"returns what was inserted": func(t *testing.T, s store) {
+		o := testOrder("A-1")
+		o.Owner, o.IdempotencyKey, o.TraceParent, o.TraceState = "shop", "key", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "a=b"
+		insertOrders(t, s, o)
+		got, err := s.get(t.Context(), o.ID)
+		require.NoError(t, err)
+		want := *o
+		want.Body, want.Size = nil, len(o.Body)
+		require.Equal(t, &want, got)
+	},
+	"does not know other orders": func(t *testing.T, s store) {
+		_, err := s.get(t.Context(), testOrder("A-1").ID)
+		require.ErrorIs(t, err, errNotFound)
+	},
+	"inserts a number once, in one group and across groups": func(t *testing.T, s store) {
+		first, twin, late := testOrder("A-1"), testOrder("A-1"), testOrder("A-1")
+		one, two := &change{insert: first}, &change{insert: twin}
+		writeAll(t, s, one, two)
+		require.True(t, one.changed)
+		require.False(t, two.changed)
+		require.Equal(t, first.ID, two.found.ID)
+		three := &change{insert: late}
+		writeAll(t, s, three)
+		require.False(t, three.changed)
+		require.Equal(t, first.ID, three.found.ID)
+		require.Equal(t, int64(1), s.counts()[contract.StatusAccepted])
+	},
+	"inserts large groups with duplicates in the middle": func(t *testing.T, s store) {
+		var changes []*change
+		for i := range 3*insertRows + 5 {
+			changes = append(changes, &change{insert: testOrder(fmt.Sprintf("A-%d", i/2))}) // each number twice
+		}
+		writeAll(t, s, changes...)
+		for i, c := range changes {
+			require.Equal(t, i%2 == 0, c.changed, i)
+			if i%2 == 1 {
+				require.Equal(t, changes[i-1].insert.ID, c.found.ID)
+			}
+		}
+	},
+	"keeps numbers and keys of different owners apart": func(t *testing.T, s store) {
+		mine, yours := testOrder("A-1"), testOrder("A-1")
+		mine.IdempotencyKey, yours.IdempotencyKey, yours.Owner = "k", "k", "you"
+		insertOrders(t, s, mine, yours)
+	},
+	"finds the holder of a key before that of a number": func(t *testing.T, s store) {
+		byKey, byNumber, both := testOrder("A-1"), testOrder("A-2"), testOrder("A-2")
+		byKey.IdempotencyKey, both.IdempotencyKey = "k", "k"
+		insertOrders(t, s, byKey, byNumber)
+		c := &change{insert: both}
+		writeAll(t, s, c)
+		require.False(t, c.changed)
+		require.Equal(t, byKey.ID, c.found.ID)
+	},
+	"lets orders without a number coexist": func(t *testing.T, s store) {
+		insertOrders(t, s, testOrder(""), testOrder(""))
+	},
+	"frees the number of a rejected order": func(t *testing.T, s store) {
+		first, second, third := testOrder("A-1"), testOrder("A-1"), testOrder("A-1")
+		insertOrders(t, s, first)
+		update(t, s, first.ID, func(o *order) verdict {
+			o.NumberReleased = true
+			return finishAs(contract.StatusRejected)(o)
+		})
+		insertOrders(t, s, second)
+		c := &change{insert: third}
+		writeAll(t, s, c)
+		require.Equal(t, second.ID, c.found.ID)
+		found, err := s.list(t.Context(), query{number: "A-1", limit: 10})
+		require.NoError(t, err)
+		require.Len(t, found, 2, "the list shows all that ever had the number")
+	},
+	"gives a direct order to the second client that sends it": func(t *testing.T, s store) {
+		direct := testOrder("A-1")
+		direct.Direct = true
+		insertOrders(t, s, direct)
+		c := &change{insert: testOrder("A-1")}
+		writeAll(t, s, c)
+		require.False(t, c.found.Direct)
+		o, err := s.get(t.Context(), direct.ID)
+		require.NoError(t, err)
+		require.False(t, o.Direct)
+	},
+	"updates, removes, leaves, and says so": func(t *testing.T, s store) {
+		o := testOrder("A-1")
+		insertOrders(t, s, o)
+		c := update(t, s, o.ID, func(o *order) verdict {
+			o.Attempts, o.BackendStatus, o.BackendType, o.BackendBody = 3, 503, "text/plain", []byte("busy")
+			o.Problem, o.Status = []byte(`{"title":"x"}`), contract.StatusRetrying
+			o.History = append(o.History, attempt{Number: 3, StartedAt: o.AcceptedAt, Duration: "1ms", Error: "busy"})
+			return save
+		})
+		require.True(t, c.changed)
+		got, err := s.get(t.Context(), o.ID)
+		require.NoError(t, err)
+		require.Equal(t, c.found, got)
+		require.Equal(t, "busy", got.History[0].Error)
+
+		c = update(t, s, o.ID, func(*order) verdict { return leave })
+		require.False(t, c.changed)
+		require.Equal(t, got, c.found)
+
+		c = update(t, s, o.ID, func(*order) verdict { return remove })
+		require.True(t, c.changed)
+		require.Nil(t, c.found)
+		require.Empty(t, dueIDs(t, s, o.AcceptedAt.Add(time.Hour)))
+		insertOrders(t, s, testOrder("A-1"))
+
+		c = update(t, s, o.ID, func(*order) verdict { return save })
+		require.Nil(t, c.found)
+		require.False(t, c.changed)
+		require.Equal(t, map[contract.Status]int64{contract.StatusAccepted: 1}, nonZero(s.counts()))
+	},
+	"hands out what is due, longest due first, with bodies": func(t *testing.T, s store) {
+		a, b, c, d := testOrder("A"), testOrder("B"), testOrder("C"), testOrder("D")
+		base := a.AcceptedAt
+		a.PublishAt, b.PublishAt, c.PublishAt, d.PublishAt = base.Add(2*time.Second), base.Add(time.Second), base.Add(time.Minute), time.Time{}
+		insertOrders(t, s, a, b, c, d)
+		require.Equal(t, []uuid.UUID{b.ID, a.ID}, dueIDs(t, s, base.Add(2*time.Second)))
+		found, err := s.due(t.Context(), base.Add(time.Hour), 1, 1<<20)
+		require.NoError(t, err)
+		require.Len(t, found, 1)
+		require.Equal(t, b.Body, found[0].Body)
+		next, err := s.nextDue(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, b.PublishAt, next)
+	},
+	"bounds the bytes of what it hands out, but hands out one": func(t *testing.T, s store) {
+		a, b := testOrder("A"), testOrder("B")
+		insertOrders(t, s, a, b)
+		found, err := s.due(t.Context(), b.PublishAt, 10, 1)
+		require.NoError(t, err)
+		require.Len(t, found, 1)
+	},
+	"marks what was published, unless the order has gone on": func(t *testing.T, s store) {
+		a, b := testOrder("A"), testOrder("B")
+		a.Direct = true // its process is gone, the relay took it over
+		insertOrders(t, s, a, b)
+		update(t, s, b.ID, func(o *order) verdict {
+			o.Attempts, o.Status = 1, contract.StatusRetrying
+			return save
+		})
+		writeAll(t, s, &change{marks: []mark{{a.ID, 0}, {b.ID, 0}}})
+		require.Equal(t, []uuid.UUID{b.ID}, dueIDs(t, s, b.PublishAt))
+		o, err := s.get(t.Context(), a.ID)
+		require.NoError(t, err)
+		require.False(t, o.Direct)
+		require.True(t, o.PublishAt.IsZero())
+	},
+	"has nothing due when it is empty": func(t *testing.T, s store) {
+		next, err := s.nextDue(t.Context())
+		require.NoError(t, err)
+		require.True(t, next.IsZero())
+		oldest, err := s.oldestWaiting(t.Context())
+		require.NoError(t, err)
+		require.True(t, oldest.IsZero())
+		require.NoError(t, s.ping(t.Context()))
+	},
+	"knows the oldest waiting order": func(t *testing.T, s store) {
+		a, b, c := testOrder("A"), testOrder("B"), testOrder("C")
+		a.AcceptedAt, b.AcceptedAt = a.AcceptedAt.Add(-time.Hour), b.AcceptedAt.Add(-time.Minute)
+		insertOrders(t, s, a, b, c)
+		update(t, s, a.ID, finishAs(contract.StatusSaved))
+		update(t, s, c.ID, func(o *order) verdict { o.Status = contract.StatusRetrying; return save })
+		oldest, err := s.oldestWaiting(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, b.AcceptedAt, oldest)
+	},
+	"lists newest first, by page, status, number and owner": func(t *testing.T, s store) {
+		var all []uuid.UUID
+		for i := range 7 {
+			o := testOrder(fmt.Sprintf("A-%d", i))
+			insertOrders(t, s, o)
+			all = append([]uuid.UUID{o.ID}, all...)
+		}
+		other := testOrder("A-0")
+		other.Owner = "you"
+		insertOrders(t, s, other)
+
+		var seen []uuid.UUID
+		for q := (query{limit: 3}); ; {
+			page, err := s.list(t.Context(), q)
+			require.NoError(t, err)
+			if len(page) == 0 {
+				break
+			}
+			seen = append(seen, ids(page)...)
+			q.before = page[len(page)-1].ID
+			insertOrders(t, s, testOrder("")) // newer ones do not disturb the pages
+		}
+		require.Equal(t, all, seen)
+
+		for i, status := range []contract.Status{contract.StatusSaved, contract.StatusRejected, contract.StatusDead, contract.StatusRetrying} {
+			update(t, s, all[i], func(o *order) verdict { o.Status = status; return save })
+			page, err := s.list(t.Context(), query{status: status, limit: 10})
+			require.NoError(t, err)
+			require.Equal(t, []uuid.UUID{all[i]}, ids(page), status)
+		}
+		page, err := s.list(t.Context(), query{number: "A-3", limit: 10})
+		require.NoError(t, err)
+		require.Equal(t, all[3:4], ids(page))
+		page, err = s.list(t.Context(), query{owner: "you", limit: 10})
+		require.NoError(t, err)
+		require.Equal(t, []uuid.UUID{other.ID}, ids(page))
+	},
+	"purges what finished long ago and nothing else": func(t *testing.T, s store) {
+		old, older, fresh, waiting := testOrder("A"), testOrder("B"), testOrder("C"), testOrder("D")
+		month := 30 * 24 * time.Hour
+		base := now()
+		for i, o := range []*order{older, old, fresh, waiting} {
+			o.AcceptedAt = base.Add(-2*month + time.Duration(i)*time.Second)
+			copy(o.ID[:], idAt(o.AcceptedAt)[:6])
+			o.PublishAt = time.Time{}
+		}
+		insertOrders(t, s, old, older, fresh, waiting)
+		for _, o := range []*order{old, older, fresh} {
+			update(t, s, o.ID, func(c *order) verdict {
+				c.Status, c.FinishedAt = contract.StatusSaved, o.AcceptedAt
+				if o == fresh {
+					c.FinishedAt = base
+				}
+				return save
+			})
+		}
+		for _, want := range []int{1, 1, 0} {
+			n, err := s.purge(t.Context(), base.Add(-month), 1)
+			require.NoError(t, err)
+			require.Equal(t, want, n)
+		}
+		left, err := s.list(t.Context(), query{limit: 10})
+		require.NoError(t, err)
+		require.ElementsMatch(t, []uuid.UUID{fresh.ID, waiting.ID}, ids(left))
+		require.Equal(t, map[contract.Status]int64{contract.StatusAccepted: 1, contract.StatusSaved: 1}, nonZero(s.counts()))
+		insertOrders(t, s, testOrder("A"))
+	},
+	"lets readers and writers go on at once": func(t *testing.T, s store) {
+		first := testOrder("first")
+		insertOrders(t, s, first)
+		var wg sync.WaitGroup
+		errs := make(chan error, 4)
+		for w := range 2 {
+			wg.Go(func() {
+				for i := range 50 {
+					if err := s.write(context.Background(), []*change{{insert: testOrder(fmt.Sprintf("%d-%d", w, i))}}); err != nil {
+						errs <- err
+						return
+					}
+				}
+			})
+			wg.Go(func() {
+				for range 50 {
+					_, err := s.get(context.Background(), first.ID)
+					_, err2 := s.list(context.Background(), query{limit: 20})
+					_, err3 := s.due(context.Background(), now(), 100, 1<<20)
+					if err := errors.Join(err, err2, err3); err != nil {
+						errs <- err
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+		close(errs)
+		for err := range errs {
+			require.NoError(t, err)
+		}
+		require.Equal(t, int64(101), s.counts()[contract.StatusAccepted])
+	},
+}
+
+var testOrders struct {
+	sync.Mutex
+	n int
+}
+
+// testOrder returns an order that is due at once, each a little younger than
+// the one before.
+func testOrder(number string) *order {
+	testOrders.Lock()
+	defer testOrders.Unlock()
+	testOrders.n++
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC).Add(time.Duration(testOrders.n) * time.Millisecond)
+	o := &order{
+		Number: number, Status: contract.StatusAccepted, ContentType: "application/json",
+		Body: []byte(`{"orderNumber":"` + number + `"}`), AcceptedAt: at, UpdatedAt: at, PublishAt: at,
+	}
+	id, err := newID()
+	if err != nil {
+		panic(err)
+	}
+	o.ID = id
+	copy(o.ID[:], idAt(at)[:6])
+	o.Size = len(o.Body)
+	o.Hash[0] = byte(testOrders.n)
+	return o
+}
+
+func writeAll(t *testing.T, s store, changes ...*change) {
+	t.Helper()
+	require.NoError(t, s.write(t.Context(), changes))
+}
+
+func insertOrders(t *testing.T, s store, orders ...*order) {
+	t.Helper()
+	for _, o := range orders {
+		c := &change{insert: o}
+		writeAll(t, s, c)
+		require.True(t, c.changed, "order %q was not inserted", o.Number)
+		require.Nil(t, c.found)
+	}
+}
+
+func update(t *testing.T, s store, id uuid.UUID, f func(*order) verdict) *change {
+	t.Helper()
+	c := &change{id: id, update: f}
+	writeAll(t, s, c)
+	return c
+}
+
+func finishAs(status contract.Status) func(*order) verdict {
+	return func(o *order) verdict {
+		o.Status, o.FinishedAt, o.PublishAt = status, o.AcceptedAt.Add(time.Second), time.Time{}
+		return save
+	}
+}
+
+func dueIDs(t *testing.T, s store, at time.Time) []uuid.UUID {
+	t.Helper()
+	found, err := s.due(t.Context(), at, 100, 1<<20)
+	require.NoError(t, err)
+	return ids(found)
+}
+
+func ids(orders []*order) []uuid.UUID {
+	var all []uuid.UUID
+	for _, o := range orders {
+		all = append(all, o.ID)
+	}
+	return all
+}
+
+func nonZero(counts map[contract.Status]int64) map[contract.Status]int64 {
+	for status, n := range counts {
+		if n == 0 {
+			delete(counts, status)
+		}
+	}
+	return counts
+}

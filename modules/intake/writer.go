@@ -1,0 +1,73 @@
+package intake
+
+import (
+	"context"
+
+	"sluice/modules/contract"
+	"sluice/platform/database"
+)
+
+// groupSize is the most changes in one transaction. It bounds how long one
+// flush can take, and with it how long the next caller waits.
+const groupSize = 1024
+
+// writer is the one road to the store's write: it makes groups of concurrent
+// changes and tells the rest of the module what was committed.
+type writer struct {
+	group *database.Group[*change]
+}
+
+// newWriter returns a writer that calls committed after each transaction,
+// before the callers of do go on.
+func newWriter(s store, committed func([]*change)) *writer {
+	return &writer{group: database.NewGroup(groupSize, 1, func(ctx context.Context, changes []*change) error {
+		if err := s.write(ctx, changes); err != nil {
+			return err
+		}
+		committed(changes)
+		return nil
+	})}
+}
+
+// do makes the change durable and fills in its results. It waits for the
+// commit; if ctx ends first, the change may still happen, and its results must
+// not be read.
+func (w *writer) do(ctx context.Context, c *change) error {
+	return w.group.Do(ctx, c)
+}
+
+// close waits for the last group.
+func (w *writer) close() { w.group.Close() }
+
+// committed is called by the writer after every transaction.
+func (m *Module) committed(changes []*change) {
+	wake := false
+	for _, c := range changes {
+		switch {
+		case c.insert != nil && c.changed:
+			m.stats.accepted(1)
+			wake = wake || !c.insert.Direct
+		case c.update != nil && c.changed:
+			wake = m.updated(c) || wake
+		}
+	}
+	if wake {
+		m.relay.nudge()
+	}
+}
+
+// updated follows one committed update, and reports whether there is something
+// for the relay to do.
+func (m *Module) updated(c *change) bool {
+	m.waiters.notify(c.id)
+	if c.found == nil {
+		return false
+	}
+	if c.found.Status.Final() {
+		m.stats.finished(c.found.Status)
+	}
+	if c.found.Status == contract.StatusSaved {
+		return false
+	}
+	return !c.found.PublishAt.IsZero()
+}

@@ -1,0 +1,286 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/spf13/cobra"
+
+	"sluice/config"
+	"sluice/modules/contract"
+	"sluice/modules/dispatch"
+	"sluice/modules/intake"
+	"sluice/platform/httpserver"
+	"sluice/platform/middleware"
+	"sluice/platform/pubsub"
+	"sluice/platform/telemetry"
+)
+
+func serveCommand() *cobra.Command {
+	var file string
+	modules := []string{"intake", "dispatch"}
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the gateway",
+		Long: "Serve runs the gateway: the clients' API, the relay to the broker, and the calls of the backend.\n" +
+			"SIGTERM and SIGINT stop it gracefully: no call of the backend is cut, repeated or lost. A second signal stops it at once.",
+		Args: cobra.NoArgs,
+	}
+	cmd.Flags().StringVar(&file, "config", "", "YAML `file` with settings; see `sluice config --keys`")
+	cmd.Flags().StringSliceVar(&modules, "modules", modules, "modules to run in this process")
+	config.AddFlags(cmd.Flags())
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		cfg, err := loadConfig(cmd, file)
+		if err != nil {
+			return err
+		}
+		if err := cfg.CheckModules(modules); err != nil {
+			return err
+		}
+		return serve(cmd.Context(), cfg, telemetry.NewLogger(cfg.Log, cmd.ErrOrStderr()), nil)
+	}
+	return cmd
+}
+
+// inFlightMargin is how many more messages than permits dispatch takes from
+// the broker: those whose attempt is over and whose outcome is being stored.
+// A slot of the backend is then never empty while an outcome is committed.
+func inFlightMargin(concurrency int) int { return max(64, concurrency/2) }
+
+// outcomesInFlight is how many outcomes are taken over at once. They share
+// transactions, so more of them make larger groups, not more work.
+const outcomesInFlight = 1024
+
+// serve wires the gateway and runs it until ctx ends, then stops it: not ready,
+// no new orders, calls in flight finish, their outcomes are stored, all is
+// closed. ready, if not nil, is called with both addresses once the gateway
+// takes orders.
+func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, ready func(public, admin string)) (err error) {
+	// What is opened is closed in reverse order, whatever happened.
+	var closers closers
+	stopping := func() (context.Context, context.CancelFunc) {
+		return context.WithTimeout(context.WithoutCancel(ctx), cfg.HTTP.ShutdownTimeout)
+	}
+	defer func() {
+		if err = errors.Join(err, closers.close(stopping)); err == nil {
+			logger.Info("stopped")
+		}
+	}()
+
+	tel, err := telemetry.Start(ctx, buildVersion(), logger)
+	if err != nil {
+		return fmt.Errorf("start telemetry: %w", err)
+	}
+	closers.add("telemetry", tel.Shutdown)
+
+	health := httpserver.NewHealth()
+	mux, adminMux := http.NewServeMux(), httpserver.Admin(health, tel.Metrics, logger)
+	// The admin address answers from here on ("starting"), and longest.
+	admin, err := httpserver.Listen("admin", cfg.HTTP.AdminAddr, cfg.HTTP, httpserver.Handler(adminMux, logger), logger)
+	if err != nil {
+		return err
+	}
+	closers.add("admin server", admin.Shutdown)
+
+	bus, err := pubsub.Open(ctx, cfg.PubSub, logger)
+	if err != nil {
+		return fmt.Errorf("open broker %s: %w", cfg.PubSub.Backend, err)
+	}
+	closers.add("broker", func(context.Context) error { return bus.Close() })
+	health.Add("broker", false, bus.Health)
+	traced := func(p message.Publisher) message.Publisher {
+		return middleware.TracingPublisher(p, tel.TracerProvider, tel.Propagator, bus.Name())
+	}
+
+	client, err := dispatch.NewClient(cfg.Backend, cfg.Dispatch.Config, dispatch.Deps{
+		Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator})
+	if err != nil {
+		return fmt.Errorf("set up the backend client: %w", err)
+	}
+	closers.add("backend client", func(context.Context) error { client.Close(); return nil })
+
+	outcomes := bus.Subscriber(contract.GroupIntake, outcomesInFlight)
+	in, err := intake.Open(ctx, cfg.Intake, cfg.Store, cfg.Dispatch.RetryConfig, intake.Deps{
+		Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator,
+		Direct: client, DirectTimeout: cfg.Backend.Timeout,
+		Bus: intake.Bus{Publisher: traced(bus.Publisher()), Subscriber: outcomes, Poison: bus.Publisher(),
+			Window: bus.Window(), Durable: bus.Durable(), System: bus.Name(), Redelivered: pubsub.Redelivered},
+	})
+	if err != nil {
+		return err
+	}
+	closers.add("store", func(context.Context) error { return in.Close() })
+	health.Add("storage", true, in.Check)
+	in.Routes(mux)
+	in.AdminRoutes(adminMux)
+
+	orders := bus.Subscriber(contract.GroupDispatch, cfg.Dispatch.Concurrency+inFlightMargin(cfg.Dispatch.Concurrency))
+	out, err := dispatch.New(cfg.Dispatch.Config, cfg.Backend, client, dispatch.Bus{
+		Subscriber: orders, Outcomes: traced(bus.Confirmed()), Poison: bus.Publisher(), System: bus.Name(), Redelivered: pubsub.Redelivered,
+	}, dispatch.Deps{Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator})
+	if err != nil {
+		return fmt.Errorf("set up dispatch: %w", err)
+	}
+	adminMux.HandleFunc("GET /admin/status", statusHandler(in, out, bus))
+
+	router, err := message.NewRouter(message.RouterConfig{CloseTimeout: routerCloseTimeout}, watermillLogger(logger))
+	if err != nil {
+		return fmt.Errorf("set up the router: %w", err)
+	}
+	out.Register(router)
+	if !bus.Durable() {
+		// A broker that keeps nothing would refuse poison that nobody takes.
+		router.AddConsumerHandler("poison", contract.TopicPoison, bus.Subscriber("poison", 1), logPoison(logger))
+	}
+	if err := in.Register(router); err != nil {
+		return fmt.Errorf("set up intake: %w", err)
+	}
+
+	public, err := httpserver.Listen("public", cfg.HTTP.Addr, cfg.HTTP, httpserver.Handler(mux, logger), logger)
+	if err != nil {
+		return err
+	}
+
+	// From here on things run. Consumers come first, then the relay, whose
+	// messages they take, then the clients. They stop the other way round.
+	failed := make(chan error, 4)
+	background := func(run func() error) (wait func()) {
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			if err := run(); err != nil {
+				failed <- err
+			}
+		}()
+		return func() { <-done }
+	}
+
+	background(admin.Serve)
+	// The router gets a context that never ends: it would cancel the messages
+	// in flight and hand them out again. Drain comes before its Close.
+	routerDone := background(func() error { return router.Run(context.WithoutCancel(ctx)) })
+	closers.add("router", func(context.Context) error { defer routerDone(); return router.Close() })
+	closers.add("outcomes in flight", outcomes.Drain)
+	closers.add("backend calls in flight", orders.Drain)
+	select {
+	case <-router.Running():
+	case err := <-failed:
+		return fmt.Errorf("start the router: %w", err)
+	}
+
+	relayCtx, stopRelay := context.WithCancel(context.WithoutCancel(ctx))
+	relayDone := background(func() error { return in.Run(relayCtx) })
+	closers.add("relay", func(context.Context) error { stopRelay(); relayDone(); return nil })
+
+	background(public.Serve)
+	closers.add("public server", public.Shutdown)
+
+	health.SetReady()
+	logger.Info("ready", "version", buildVersion(), "addr", public.Addr(), "admin_addr", admin.Addr(), "broker", bus.Name(),
+		"store", cfg.Store.Driver, "backend", cfg.Backend.URL, "concurrency", cfg.Dispatch.Concurrency)
+	if ready != nil {
+		ready(public.Addr(), admin.Addr())
+	}
+
+	select {
+	case <-ctx.Done():
+	case err = <-failed:
+	}
+	health.SetDraining()
+	logger.Info("stopping: no new orders, backend calls in flight finish", "in_flight", out.Stats().InFlight, "at_most", cfg.HTTP.ShutdownTimeout)
+	return err
+}
+
+// watermillLogger takes the router's log. What it says at level info is about
+// its own inner life.
+func watermillLogger(logger *slog.Logger) watermill.LoggerAdapter {
+	return watermill.NewSlogLoggerWithLevelMapping(logger.WithGroup("watermill"), map[slog.Level]slog.Level{slog.LevelInfo: slog.LevelDebug})
+}
+
+// routerCloseTimeout bounds Watermill's own close, which has nothing left to
+// wait for after the drains.
+const routerCloseTimeout = 5 * time.Second
+
+// logPoison is all that can be done for a message that nobody can read where
+// there is no queue to keep it in.
+func logPoison(logger *slog.Logger) message.NoPublishHandlerFunc {
+	return func(msg *message.Message) error {
+		logger.Error("a message could not be read and is dropped", "message_id", msg.UUID, "metadata", msg.Metadata)
+		return nil
+	}
+}
+
+// statusHandler is GET /admin/status: what an operator asks first.
+func statusHandler(in *intake.Module, out *dispatch.Module, bus *pubsub.PubSub) http.HandlerFunc {
+	type rates struct {
+		Accepted float64 `json:"accepted"`
+		Saved    float64 `json:"saved"`
+	}
+	type broker struct {
+		Name  string `json:"name"`
+		State string `json:"state"`
+	}
+	type state struct {
+		State string `json:"state"`
+	}
+	return func(w http.ResponseWriter, r *http.Request) {
+		stats, err := in.Stats(r.Context())
+		if err != nil {
+			httpserver.WriteProblem(w, r, httpserver.Problem{Type: "storage-unavailable", Title: "The store cannot be read",
+				Status: http.StatusServiceUnavailable, Detail: err.Error()})
+			return
+		}
+		brokerState := "ok"
+		if err := bus.Health(r.Context()); err != nil {
+			brokerState = "unavailable: " + err.Error()
+		}
+		d := out.Stats()
+		httpserver.WriteJSON(w, r, http.StatusOK, struct {
+			Backlog              int64   `json:"backlog"`
+			OldestWaitingSeconds float64 `json:"oldestWaitingSeconds"`
+			InFlight             int     `json:"inFlight"`
+			Limit                int     `json:"limit"`
+			Rates                rates   `json:"rates"`
+			Broker               broker  `json:"broker"`
+			Dispatch             state   `json:"dispatch"`
+		}{stats.Backlog, stats.OldestWaiting.Seconds(), d.InFlight, d.Limit,
+			rates{stats.AcceptedRate, stats.SavedRate}, broker{bus.Name(), brokerState}, state{"running"}})
+	}
+}
+
+// loadConfig reads the configuration of a command that has config.AddFlags.
+func loadConfig(cmd *cobra.Command, file string) (config.Config, error) {
+	return config.Load(file, os.Environ(), config.FromFlags(cmd.Flags()))
+}
+
+// closers closes what was opened, last first, all of it.
+type closers struct {
+	names []string
+	funcs []func(context.Context) error
+}
+
+func (c *closers) add(name string, f func(context.Context) error) {
+	c.names, c.funcs = append(c.names, name), append(c.funcs, f)
+}
+
+// close gives all closers together the time of one context, and joins their
+// errors.
+func (c *closers) close(stopping func() (context.Context, context.CancelFunc)) error {
+	ctx, cancel := stopping()
+	defer cancel()
+	var errs []error
+	for i := range slices.Backward(c.funcs) {
+		if err := c.funcs[i](ctx); err != nil {
+			errs = append(errs, fmt.Errorf("stop %s: %w", c.names[i], err))
+		}
+	}
+	return errors.Join(errs...)
+}
