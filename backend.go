@@ -87,7 +87,9 @@ func runBackend(ctx context.Context, addr string, cfg backend.Config, logger *sl
 	case <-ctx.Done():
 	}
 	stopBackend(context.WithoutCancel(ctx), server, b, logger)
-	<-served
+	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve on %s: %w", addr, err)
+	}
 	if err := json.NewEncoder(stdout).Encode(b.Stats()); err != nil {
 		return fmt.Errorf("print the counts: %w", err)
 	}

@@ -87,7 +87,7 @@ func dev(ctx context.Context, cfg config.Config, backendAddr string, stdout, std
 
 	backendURL := localURL(listener.Addr().String())
 	cfg.Backend.URL = backendURL + "/orders"
-	return serve(ctx, cfg, telemetry.NewLogger(cfg.Log, stderr), func(public, admin string) {
+	return serve(ctx, cfg, telemetry.NewLogger(cfg.Log, stderr), telemetry.Start, func(public, admin string) {
 		_, _ = fmt.Fprintf(stdout, devHint, localURL(public), localURL(admin), backendURL, cfg.Store.DSN) // only a hint
 	})
 }

@@ -75,9 +75,6 @@ func newRootCommand(stdout, stderr io.Writer) *cobra.Command {
 		serveCommand(),
 		devCommand(),
 		backendCommand(),
-		serveCommand(),
-		devCommand(),
-		backendCommand(),
 		configCommand(),
 		versionCommand(),
 	)

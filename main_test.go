@@ -30,7 +30,7 @@ func TestWithoutArgumentsTheCommandsAreListed(t *testing.T) {
 	require.Zero(t, code)
 	require.Empty(t, stderr)
 	for _, command := range []string{"serve", "dev", "backend", "config", "version"} {
-		require.Contains(t, stdout, "\n  "+command+" ")
+		require.Equal(t, 1, strings.Count(stdout, "\n  "+command+" "), "%s in:\n%s", command, stdout)
 	}
 }
 

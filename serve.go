@@ -45,7 +45,7 @@ func serveCommand() *cobra.Command {
 		if err := cfg.CheckModules(modules); err != nil {
 			return err
 		}
-		return serve(cmd.Context(), cfg, telemetry.NewLogger(cfg.Log, cmd.ErrOrStderr()), nil)
+		return serve(cmd.Context(), cfg, telemetry.NewLogger(cfg.Log, cmd.ErrOrStderr()), telemetry.Start, nil)
 	}
 	return cmd
 }
@@ -59,11 +59,14 @@ func inFlightMargin(concurrency int) int { return max(64, concurrency/2) }
 // transactions, so more of them make larger groups, not more work.
 const outcomesInFlight = 1024
 
+// startTelemetry is telemetry.Start, or what a test has in its place.
+type startTelemetry func(ctx context.Context, version string, logger *slog.Logger) (*telemetry.Telemetry, error)
+
 // serve wires the gateway and runs it until ctx ends, then stops it: not ready,
 // no new orders, calls in flight finish, their outcomes are stored, all is
 // closed. ready, if not nil, is called with both addresses once the gateway
 // takes orders.
-func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, ready func(public, admin string)) (err error) {
+func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start startTelemetry, ready func(public, admin string)) (err error) {
 	// What is opened is closed in reverse order, whatever happened.
 	var closers closers
 	stopping := func() (context.Context, context.CancelFunc) {
@@ -75,7 +78,7 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, ready fu
 		}
 	}()
 
-	tel, err := telemetry.Start(ctx, buildVersion(), logger)
+	tel, err := start(ctx, buildVersion(), logger)
 	if err != nil {
 		return fmt.Errorf("start telemetry: %w", err)
 	}

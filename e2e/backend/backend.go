@@ -4,7 +4,7 @@
 // It is built to be believed and to be cheap. Overload looks as it does with real services: workers with a queue in front,
 // work that goes on although the caller has left, service times that grow with the crowd, connections that are cut.
 // It serves well over 10,000 orders a second beside the gateway under test, and an order costs it less than 200 bytes:
-// only the last 1,000 orders keep their headers and body, and of bodies no more than 16 MiB.
+// only the last 1,000 orders keep their headers and body, and of bodies no more than 4 MiB.
 //
 // It is no queue, checks no order, and forgets everything when it stops. `sluice backend`, `sluice dev`, the experiment
 // and the tests use it, as a process of its own or inside another one as an http.Handler.

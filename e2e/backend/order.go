@@ -16,7 +16,7 @@ import (
 
 const (
 	recentOrders = 1000
-	recentBytes  = 16 << 20
+	recentBytes  = 4 << 20
 )
 
 // order is what one POST says about its order.

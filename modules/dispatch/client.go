@@ -107,8 +107,7 @@ func NewClient(cfg BackendConfig, dispatch Config, deps Deps) (*Client, error) {
 		base:        base,
 		durations:   durations,
 	}
-	c.host = c.header.Get("Host")
-	c.header.Del("Host") // net/http takes it from Request.Host and ignores the header
+	c.host = c.header.Get("Host") // which net/http takes from Request.Host alone
 	u.User = nil
 	u.Fragment, u.RawFragment = "", ""
 	c.url = u

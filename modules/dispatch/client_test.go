@@ -470,11 +470,14 @@ func TestAttemptKeepsAtMostMaxResponse(t *testing.T) {
 		{"less", limit - 1, false, 1},
 		{"exactly", limit, false, 1},
 		{"one more", limit + 1, true, 1},
+		{"a little more", 2 * limit, true, 1},
 		{"much more", 64 << 20, true, 2},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			backend, connections := countingBackend(t, func(w http.ResponseWriter, _ *http.Request) {
-				_ = http.NewResponseController(w).Flush() // hence chunked: the end is not known beforehand
+				if tc.size <= limit {
+					_ = http.NewResponseController(w).Flush() // hence chunked: the end is not known beforehand
+				} // and otherwise a little more comes in one piece, and drain has nothing to wait for
 				_, _ = io.CopyN(w, letters{}, int64(tc.size))
 			})
 			client := newClient(t, backend.URL, withMaxResponse(limit))

@@ -19,21 +19,21 @@ const (
 type Config struct {
 	// Schema is the file of a JSON Schema 2020-12 that every order must
 	// satisfy. Empty means the built-in one.
-	Schema string `koanf:"schema" desc:"file of the JSON Schema 2020-12 of an order; empty: the built-in one"`
+	Schema string `koanf:"schema"`
 	// OrderNumberPointer is the JSON Pointer (RFC 6901) of the order's natural
 	// key, by which duplicates are detected. Empty means that there is none.
-	OrderNumberPointer string `koanf:"order_number_pointer" desc:"JSON Pointer of the order's natural key; empty: none, no duplicate detection by number"`
+	OrderNumberPointer string `koanf:"order_number_pointer"`
 	// MaxBody is the largest order in bytes.
-	MaxBody units.Base2Bytes `koanf:"max_body" desc:"largest order"`
+	MaxBody units.Base2Bytes `koanf:"max_body"`
 	// MaxBacklog is how many orders may wait; beyond it new ones are refused
 	// with 503. 0 means no limit.
-	MaxBacklog int `koanf:"max_backlog" desc:"waiting orders beyond which new ones are refused; 0: no limit"`
+	MaxBacklog int `koanf:"max_backlog"`
 	// MaxWait caps the time that a client may hold a request with
 	// "Prefer: wait".
-	MaxWait time.Duration `koanf:"max_wait" desc:"longest wait that \"Prefer: wait\" can ask for"`
+	MaxWait time.Duration `koanf:"max_wait"`
 	// SyncLimit bounds the concurrent POST /orders/sync; beyond it they are
 	// refused with 503. 0 means no limit.
-	SyncLimit int `koanf:"sync_limit" desc:"concurrent POST /orders/sync beyond which they are refused; 0: no limit"`
+	SyncLimit int `koanf:"sync_limit"`
 }
 
 // DefaultConfig returns the settings that hold where nothing else is said.
@@ -75,11 +75,11 @@ func (c Config) Validate() error {
 // StoreConfig says where orders are kept. Its keys are store.*.
 type StoreConfig struct {
 	// Driver is DriverMemory or DriverSQLite.
-	Driver string `koanf:"driver" desc:"memory (nothing survives a restart) or sqlite"`
+	Driver string `koanf:"driver"`
 	// DSN is the database file for sqlite; memory ignores it.
-	DSN string `koanf:"dsn" desc:"database file"`
+	DSN string `koanf:"dsn"`
 	// Retention is how long finished orders are kept. At least a second.
-	Retention time.Duration `koanf:"retention" desc:"how long finished orders are kept"`
+	Retention time.Duration `koanf:"retention"`
 }
 
 // DefaultStoreConfig returns the settings that hold where nothing else is said.
@@ -110,12 +110,12 @@ func (c StoreConfig) Validate() error {
 // schedule, so that a waiting order holds no slot of dispatch.
 type RetryConfig struct {
 	// MaxAttempts is how often an order is tried before it is dead.
-	MaxAttempts int `koanf:"max_attempts" desc:"attempts before an order is dead"`
+	MaxAttempts int `koanf:"max_attempts"`
 	// RetryInitial is the upper end of the first pause; it doubles with every
 	// further one.
-	RetryInitial time.Duration `koanf:"retry_initial" desc:"longest pause before the second attempt; doubles with each further one"`
+	RetryInitial time.Duration `koanf:"retry_initial"`
 	// RetryMax caps the doubling.
-	RetryMax time.Duration `koanf:"retry_max" desc:"longest pause between two attempts"`
+	RetryMax time.Duration `koanf:"retry_max"`
 }
 
 // DefaultRetryConfig returns the settings that hold where nothing else is said.

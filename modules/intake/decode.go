@@ -110,7 +110,6 @@ func (r *reader) open(body []byte) {
 
 func (r *reader) release() {
 	r.open(nil) // lets go of the body
-	r.depth = 0
 	r.canon, r.scratch = r.canon[:0], r.scratch[:0]
 	// After an error the stacks are not empty.
 	clear(r.members)
@@ -136,9 +135,10 @@ func (r *reader) value() (any, error) {
 		if err := r.delimiter(); err != nil {
 			return nil, err
 		}
-		if r.depth++; r.depth > maxDepth {
+		if r.depth == maxDepth {
 			return nil, r.fault(int(r.tokens.InputOffset())-1, fmt.Sprintf("nested deeper than %d levels", maxDepth))
 		}
+		r.depth++
 		var value any
 		var err error
 		if kind == '{' {
@@ -204,14 +204,7 @@ func (r *reader) object() (any, error) {
 	r.canon = append(r.canon, '{')
 	first, start := len(r.members), len(r.canon)
 	ordered := true
-	for {
-		kind := r.tokens.PeekKind()
-		if kind == '}' {
-			break
-		}
-		if kind != '"' {
-			return nil, r.delimiter() // always an error: a name is a string
-		}
+	for r.tokens.PeekKind() != '}' {
 		name, err := r.string()
 		if err != nil {
 			return nil, err

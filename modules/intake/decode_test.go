@@ -17,6 +17,7 @@ import (
 	"unicode/utf16"
 	"unicode/utf8"
 
+	"github.com/go-json-experiment/json/jsontext"
 	"github.com/stretchr/testify/require"
 	"pgregory.net/rapid"
 )
@@ -152,6 +153,28 @@ func TestDecodeDocumentIsNotConfusedByAnErrorBefore(t *testing.T) {
 		got, err := decodeDocument([]byte(sampleOrder))
 		require.NoError(t, err)
 		require.Equal(t, want, got)
+	}
+}
+
+func TestReaderKeepsNothingOfADocument(t *testing.T) {
+	for _, body := range []string{sampleOrder, `{"a": [1, {"b": 2}, {"c": [3, `, strings.Repeat("[", maxDepth+1)} {
+		r := &reader{tokens: new(jsontext.Decoder)}
+		r.open([]byte(body))
+		_, _ = r.value() // both ways: an error leaves the stacks as they were
+		r.release()
+		require.Nil(t, r.body)
+		require.Empty(t, r.text)
+		require.Zero(t, r.input)
+		require.Zero(t, r.depth)
+		require.Empty(t, r.canon)
+		require.Empty(t, r.members)
+		require.Empty(t, r.elements)
+		for _, m := range r.members[:cap(r.members)] {
+			require.Zero(t, m)
+		}
+		for _, e := range r.elements[:cap(r.elements)] {
+			require.Nil(t, e)
+		}
 	}
 }
 

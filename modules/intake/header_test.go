@@ -35,6 +35,7 @@ func TestParsePrefer(t *testing.T) {
 		{"an empty value is none", []string{`respond-async="", wait=""`}, prefer{respondAsync: true}},
 		{"the first one counts", []string{"wait=10, wait=20", "wait=30"}, wait(10 * time.Second)},
 		{"the first one counts even if it is bad", []string{"wait=soon, wait=20"}, prefer{}},
+		{"the same for respond-async", []string{"respond-async=no, respond-async"}, prefer{}},
 		{"a value too large", []string{"wait=2147483649"}, wait(1 << 31 * time.Second)},
 		{"a value beyond all bounds", []string{"wait=" + strings.Repeat("9", 1000)}, wait(1 << 31 * time.Second)},
 

@@ -1,0 +1,185 @@
+package intake
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/stretchr/testify/require"
+	metricnoop "go.opentelemetry.io/otel/metric/noop"
+	"go.opentelemetry.io/otel/propagation"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+
+	"sluice/modules/contract"
+	"sluice/platform/httpserver"
+	"sluice/platform/pubsub"
+)
+
+// BenchmarkAccept measures 202s per second over HTTP from 64 connections of
+// another process: of the server that stores, and of the same server that
+// reads, checks and answers an order and then forgets it. The rounds of the two
+// alternate, since the machine changes its pace.
+//
+//	go test -run '^$' -bench Accept -benchtime 1x ./modules/intake
+func BenchmarkAccept(b *testing.B) {
+	const connections, orders, rounds = 64, 40_000, 3
+	for b.Loop() {
+		stored, forgotten := 0.0, 0.0
+		for range rounds {
+			stored = max(stored, acceptRate(b, DriverSQLite, connections, orders))
+			forgotten = max(forgotten, acceptRate(b, "", connections, orders))
+		}
+		b.ReportMetric(stored, "durable-202/s")
+		b.ReportMetric(forgotten, "no-storage-202/s")
+		b.ReportMetric(stored/forgotten, "ratio")
+		b.ReportMetric(0, "ns/op") // the time of all rounds together says nothing
+	}
+}
+
+// acceptRate returns the 202s per second of a server with that store, or of one
+// without any if driver is empty.
+func acceptRate(b *testing.B, driver string, connections, orders int) float64 {
+	b.Helper()
+	logger := slog.New(slog.DiscardHandler)
+	bus, err := pubsub.Open(b.Context(), pubsub.DefaultConfig(), logger)
+	require.NoError(b, err)
+	// A consumer that never comes to an end: the relay fills its window, and
+	// then there is only the accepting of orders.
+	_, err = bus.Subscriber(contract.GroupDispatch, 64).Subscribe(b.Context(), contract.TopicSubmitted)
+	require.NoError(b, err)
+
+	storeCfg := DefaultStoreConfig()
+	storeCfg.Driver, storeCfg.DSN = driver, filepath.Join(b.TempDir(), "orders.db")
+	if driver == "" {
+		storeCfg.Driver = DriverMemory
+	}
+	m, err := Open(b.Context(), DefaultConfig(), storeCfg, DefaultRetryConfig(), benchDeps(bus, logger))
+	require.NoError(b, err)
+	mux := http.NewServeMux()
+	if driver == "" {
+		m.handle(mux, "POST /orders", func(w http.ResponseWriter, r *http.Request) {
+			if o, ok := m.readOrder(w, r); ok {
+				w.Header().Set("Location", location(o))
+				m.writeOrder(w, r, http.StatusAccepted, o)
+			}
+		})
+	} else {
+		m.Routes(mux)
+	}
+	server, err := httpserver.Listen("public", "127.0.0.1:0", httpserver.DefaultConfig(), httpserver.Handler(mux, logger), logger)
+	require.NoError(b, err)
+	ctx, stop := context.WithCancel(b.Context())
+	var running sync.WaitGroup
+	running.Go(func() { _ = m.Run(ctx) })
+	running.Go(func() { _ = server.Serve() })
+	defer func() {
+		stop()
+		require.NoError(b, server.Shutdown(context.WithoutCancel(ctx)))
+		running.Wait()
+		require.NoError(b, bus.Close())
+		require.NoError(b, m.Close())
+	}()
+
+	client := exec.Command(os.Args[0])
+	client.Env = append(os.Environ(), fmt.Sprintf("%s=%s %d %d", generatorVariable, server.Addr(), connections, orders))
+	out, err := client.CombinedOutput()
+	require.NoError(b, err, string(out))
+	seconds, err := strconv.ParseFloat(strings.TrimSpace(string(out)), 64)
+	require.NoError(b, err, string(out))
+	return float64(orders) / seconds
+}
+
+func benchDeps(bus *pubsub.PubSub, logger *slog.Logger) Deps {
+	return Deps{
+		Logger:         logger,
+		TracerProvider: sdktrace.NewTracerProvider(sdktrace.WithSampler(sdktrace.ParentBased(sdktrace.NeverSample()))),
+		MeterProvider:  metricnoop.NewMeterProvider(),
+		Propagator:     propagation.TraceContext{},
+		Bus: Bus{Publisher: bus.Publisher(), Subscriber: bus.Subscriber(contract.GroupIntake, 1), Poison: bus.Publisher(),
+			Window: bus.Window(), System: bus.Name(), Redelivered: func(*message.Message) bool { return false }},
+	}
+}
+
+// generatorVariable makes the test binary a load generator: its value is an
+// address, a number of connections and a number of orders. The seconds that it
+// took are printed.
+const generatorVariable = "SLUICE_TEST_GENERATE"
+
+// generate posts orders as fast as the answers come, with as little work of its
+// own as can be, since it shares the machine with what it measures.
+func generate(task string) error {
+	var addr string
+	var connections, orders int
+	if _, err := fmt.Sscanf(task, "%s %d %d", &addr, &connections, &orders); err != nil {
+		return err
+	}
+	tag := strconv.FormatInt(time.Now().UnixNano(), 36)
+	errs := make(chan error, connections)
+	started := time.Now()
+	for c := range connections {
+		go func() { errs <- generateOn(addr, tag, c, connections, orders) }()
+	}
+	for range connections {
+		if err := <-errs; err != nil {
+			return err
+		}
+	}
+	fmt.Println(time.Since(started).Seconds())
+	return nil
+}
+
+func generateOn(addr, tag string, first, step, orders int) error {
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	answers := bufio.NewReader(conn)
+	for i := first; i < orders; i += step {
+		body := fmt.Sprintf(`{"orderNumber":"%s-%d","customerId":"c-1001","currency":"EUR","items":[{"sku":"tea-green-100","quantity":2,"unitPrice":4.5},{"sku":"cup","quantity":1,"unitPrice":12.25}],"note":"ring twice"}`, tag, i)
+		if _, err := fmt.Fprintf(conn, "POST /orders HTTP/1.1\r\nHost: sluice\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(body), body); err != nil {
+			return err
+		}
+		if err := skipAnswer(answers); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// skipAnswer reads one answer, which must be a 202 with a Content-Length.
+func skipAnswer(r *bufio.Reader) error {
+	length := -1
+	for first := true; ; first = false {
+		line, err := r.ReadSlice('\n')
+		if err != nil {
+			return err
+		}
+		text := strings.TrimSpace(string(line))
+		switch {
+		case first && !strings.HasPrefix(text, "HTTP/1.1 202"):
+			return fmt.Errorf("answer is %q", text)
+		case text == "":
+			_, err := io.CopyN(io.Discard, r, int64(length))
+			return err
+		}
+		if value, ok := strings.CutPrefix(text, "Content-Length: "); ok {
+			if length, err = strconv.Atoi(value); err != nil {
+				return err
+			}
+		}
+	}
+}
