@@ -32,10 +32,12 @@ const overrun = 5 * time.Second
 
 // Bus is the broker as the module sees it. All are required.
 type Bus struct {
-	Subscriber message.Subscriber // of contract.GroupDispatch; hands out as many messages as it likes
-	Outcomes   message.Publisher  // for contract.TopicOutcome; returns when the broker has the message
-	Poison     message.Publisher  // for contract.TopicPoison
-	System     string             // the broker's name in traces
+	// Subscriber is of contract.GroupDispatch. The module bounds its attempts
+	// by itself; messages handed out beyond that wait for a permit in memory.
+	Subscriber message.Subscriber
+	Outcomes   message.Publisher // for contract.TopicOutcome; returns when the broker has the message
+	Poison     message.Publisher // for contract.TopicPoison
+	System     string            // the broker's name in traces
 	// Redelivered reports whether this delivery follows an earlier one.
 	Redelivered func(*message.Message) bool
 }
@@ -147,16 +149,17 @@ func (m *Module) handle(msg *message.Message) ([]*message.Message, error) {
 }
 
 func (m *Module) log(ctx context.Context, o contract.Outcome) {
-	level, text := slog.LevelDebug, "order saved"
 	switch o.Type {
 	case contract.TypeRejected:
-		level, text = slog.LevelInfo, "order rejected"
+		m.logger.LogAttrs(ctx, slog.LevelInfo, "order rejected", attrs(ctx, o)...)
 	case contract.TypeAttemptFailed:
-		text = "attempt failed"
+		m.logger.LogAttrs(ctx, slog.LevelDebug, "attempt failed", attrs(ctx, o)...)
+	default:
+		m.logger.LogAttrs(ctx, slog.LevelDebug, "order saved", attrs(ctx, o)...)
 	}
-	if !m.logger.Enabled(ctx, level) {
-		return
-	}
+}
+
+func attrs(ctx context.Context, o contract.Outcome) []slog.Attr {
 	attrs := []slog.Attr{
 		slog.String("order_id", o.OrderID),
 		slog.Int("attempt", o.Attempt),
@@ -169,5 +172,5 @@ func (m *Module) log(ctx context.Context, o contract.Outcome) {
 	if o.Error != "" {
 		attrs = append(attrs, slog.String("error", o.Error))
 	}
-	m.logger.LogAttrs(ctx, level, text, attrs...)
+	return attrs
 }

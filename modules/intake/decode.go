@@ -90,7 +90,8 @@ type reader struct {
 	depth  int
 
 	canon    []byte   // the canonical form so far
-	scratch  []byte   // the members of an object while they are put in order
+	scratch  []byte   // an unescaped string, or members while they are put in order
+	places   []int    // of members, in the order of their names
 	members  []member // of the objects that are open, inner ones last
 	elements []any    // of the arrays that are open, inner ones last
 }
@@ -115,7 +116,7 @@ func (r *reader) release() {
 	clear(r.members)
 	clear(r.elements)
 	r.members, r.elements = r.members[:0], r.elements[:0]
-	if cap(r.canon)+cap(r.scratch) <= maxPooled && cap(r.members)+cap(r.elements) <= maxPooled/16 {
+	if cap(r.canon)+cap(r.scratch) <= maxPooled && cap(r.members)+cap(r.elements)+cap(r.places) <= maxPooled/16 {
 		readers.Put(r)
 	}
 }
@@ -178,11 +179,10 @@ func (r *reader) string() (string, error) {
 		end := int(r.tokens.InputOffset())
 		return r.text[end-len(raw)+1 : end-1], nil
 	}
-	text, err := jsontext.AppendUnquote(nil, raw)
-	if err != nil {
+	if r.scratch, err = jsontext.AppendUnquote(r.scratch[:0], raw); err != nil {
 		return "", r.refused(err)
 	}
-	return string(text), nil
+	return string(r.scratch), nil
 }
 
 func (r *reader) number() (any, error) {
@@ -238,13 +238,20 @@ func (r *reader) object() (any, error) {
 	return object, nil
 }
 
-// order sorts the members of an object, which stand in canon from start on.
+// order puts the members of an object, which stand in canon from start on, in
+// the order of their names. It sorts their places, because moving the members,
+// which hold pointers, would keep the garbage collector's barriers busy.
 func (r *reader) order(members []member, start int) {
-	slices.SortFunc(members, func(a, b member) int { return cmp.Compare(a.name, b.name) })
+	r.places = r.places[:0]
+	for i := range members {
+		r.places = append(r.places, i)
+	}
+	slices.SortFunc(r.places, func(i, j int) int { return cmp.Compare(members[i].name, members[j].name) })
+
 	r.scratch = append(r.scratch[:0], r.canon[start:]...)
 	r.canon = r.canon[:start]
-	for _, m := range members {
-		r.canon = append(r.canon, r.scratch[m.start-start:m.end-start]...)
+	for _, i := range r.places {
+		r.canon = append(r.canon, r.scratch[members[i].start-start:members[i].end-start]...)
 	}
 }
 

@@ -92,7 +92,7 @@ func (s *memoryStore) holder(o *order) (uuid.UUID, bool) {
 
 func (s *memoryStore) mark(m mark) {
 	found := s.at(m.id)
-	if found == nil || found.Attempts != m.attempts {
+	if found == nil || found.Attempts != m.attempts || (found.Status == contract.StatusDead) != m.dead {
 		return
 	}
 	o := *found

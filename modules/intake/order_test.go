@@ -30,7 +30,7 @@ func TestApplySaved(t *testing.T) {
 	require.True(t, o.PublishAt.IsZero())
 	require.False(t, o.NumberReleased)
 	require.Equal(t, 201, o.BackendStatus)
-	require.Equal(t, []attempt{{Number: 1, StartedAt: t0, Duration: "51ms"}}, o.History)
+	require.Equal(t, []attempt{{Number: 1, StartedAt: t0, Duration: "51ms", Status: 201}}, o.History)
 }
 
 func TestApplyRejectedKeepsTheBackendsProblemAndFreesTheNumber(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"github.com/google/uuid"
 
 	"sluice/modules/contract"
+	"sluice/platform/telemetry"
 )
 
 const (
@@ -39,7 +40,7 @@ func (m *Module) project(msg *message.Message) error {
 		if msg.Context().Err() != nil {
 			return err
 		}
-		m.logger.Error("cannot store an outcome; it is held and tried again", "order_id", id, "error", err)
+		m.logger.Error("cannot store an outcome; it is held and tried again", "order_id", id, "trace_id", telemetry.TraceID(msg.Context()), "error", err)
 		wait(msg.Context(), pause, nil)
 		if msg.Context().Err() != nil {
 			return err
@@ -58,7 +59,7 @@ func (m *Module) finish(ctx context.Context, id uuid.UUID, out contract.Outcome)
 	m.relay.finished(id)
 	if c.found == nil {
 		m.logger.Warn("an outcome arrived for an order that does not exist; the database may be older than the broker's messages",
-			"order_id", id, "outcome", out.Type)
+			"order_id", id, "trace_id", telemetry.TraceID(ctx), "outcome", out.Type)
 		return nil
 	}
 	if c.changed {

@@ -115,7 +115,7 @@ func (r *relay) turn(ctx context.Context) (int, error) {
 		if err = r.publish(ctx, o); err != nil {
 			break
 		}
-		r.published = append(r.published, mark{o.ID, o.Attempts})
+		r.published = append(r.published, mark{o.ID, o.Attempts, o.Status == contract.StatusDead})
 	}
 	return len(r.published), errors.Join(err, r.mark(ctx))
 }

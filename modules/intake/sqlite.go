@@ -56,7 +56,7 @@ const (
 	updateOrder = `UPDATE orders SET released=?, status=?, attempts=?, attempt_base=?, direct=?, updated_at=?, finished_at=?,
 		publish_at=?, backend_status=?, backend_type=?, backend_body=?, problem=?, history=? WHERE id=?`
 	// A mark also ends the protection of an order whose direct call died.
-	markOrder = `UPDATE orders SET publish_at=NULL, direct=0 WHERE id=? AND attempts=?`
+	markOrder = `UPDATE orders SET publish_at=NULL, direct=0 WHERE id=? AND attempts=? AND (status='dead')=?`
 )
 
 func openSQLiteStore(ctx context.Context, path string, logger *slog.Logger) (*sqliteStore, error) {
@@ -176,7 +176,7 @@ func (w *sqliteWrite) all(ctx context.Context, changes []*change) error {
 	}
 	for _, c := range changes {
 		for _, m := range c.marks {
-			if _, err := w.tx.StmtContext(ctx, w.store.markOne).ExecContext(ctx, m.id[:], m.attempts); err != nil {
+			if _, err := w.tx.StmtContext(ctx, w.store.markOne).ExecContext(ctx, m.id[:], m.attempts, m.dead); err != nil {
 				return fmt.Errorf("mark order %s as published: %w", m.id, err)
 			}
 		}

@@ -73,12 +73,13 @@ type change struct {
 	changed bool
 }
 
-// mark identifies a publication: that of an order after so many attempts. A
-// mark that comes late, after the next attempt has been scheduled, therefore
-// wipes nothing out.
+// mark identifies a publication: that of an order after so many attempts, or
+// that of the news that it is dead. A mark that comes late, after the next
+// attempt has been scheduled, therefore wipes nothing out.
 type mark struct {
 	id       uuid.UUID
 	attempts int
+	dead     bool // the news: a replay makes the order due and counts no attempt
 }
 
 // query selects orders for a list.

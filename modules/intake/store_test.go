@@ -79,7 +79,7 @@ func TestStore(t *testing.T) {
 				waiting.PublishAt = later
 				direct.Direct, direct.PublishAt = true, later
 				insertOrders(t, s, published, waiting, direct, saved)
-				writeAll(t, s, &change{marks: []mark{{published.ID, 0}}})
+				writeAll(t, s, &change{marks: []mark{{id: published.ID}}})
 				update(t, s, saved.ID, finishAs(contract.StatusSaved))
 				s = kind.reopen(t, s)
 				defer func() { require.NoError(t, s.close()) }()
@@ -239,12 +239,27 @@ var storeSuite = map[string]func(*testing.T, store){
 			o.Attempts, o.Status = 1, contract.StatusRetrying
 			return save
 		})
-		writeAll(t, s, &change{marks: []mark{{a.ID, 0}, {b.ID, 0}}})
+		writeAll(t, s, &change{marks: []mark{{id: a.ID}, {id: b.ID}}})
 		require.Equal(t, []uuid.UUID{b.ID}, dueIDs(t, s, b.PublishAt))
 		o, err := s.get(t.Context(), a.ID)
 		require.NoError(t, err)
 		require.False(t, o.Direct)
 		require.True(t, o.PublishAt.IsZero())
+	},
+	"marks the news of a dead order, unless it has been replayed": func(t *testing.T, s store) {
+		a, b := testOrder("A"), testOrder("B")
+		insertOrders(t, s, a, b)
+		for _, o := range []*order{a, b} {
+			update(t, s, o.ID, func(o *order) verdict {
+				o.Attempts, o.Status, o.FinishedAt = 1, contract.StatusDead, o.AcceptedAt
+				return save
+			})
+		}
+		update(t, s, b.ID, func(o *order) verdict { return o.replay(o.PublishAt) })
+		writeAll(t, s, &change{marks: []mark{{a.ID, 1, true}, {b.ID, 1, true}}})
+		require.Equal(t, []uuid.UUID{b.ID}, dueIDs(t, s, b.PublishAt))
+		writeAll(t, s, &change{marks: []mark{{b.ID, 1, false}}})
+		require.Empty(t, dueIDs(t, s, b.PublishAt))
 	},
 	"has nothing due when it is empty": func(t *testing.T, s store) {
 		next, err := s.nextDue(t.Context())

@@ -2,6 +2,7 @@ package httpserver_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"log/slog"
@@ -36,6 +37,12 @@ func TestRouterMissesAreProblems(t *testing.T) {
 		require.Equal(t, "/problems/not-found", p["type"])
 		require.Equal(t, "Not found", p["title"])
 		require.Equal(t, "/nowhere", p["instance"])
+	})
+
+	t.Run("nothing of the router's own text is left", func(t *testing.T) {
+		recorder := httptest.NewRecorder() // unlike net/http it takes more than Content-Length
+		httpserver.Handler(mux, quiet()).ServeHTTP(recorder, httptest.NewRequest("GET", "/nowhere", nil))
+		require.True(t, json.Valid(recorder.Body.Bytes()), recorder.Body)
 	})
 
 	t.Run("another method is 405 and says which are allowed", func(t *testing.T) {

@@ -34,6 +34,9 @@ func TestListenErrorsAreOneClearLine(t *testing.T) {
 	require.ErrorContains(t, err, "listen on 192.0.2.1:0 (http.addr): ")
 	require.ErrorContains(t, err, "; this machine does not have that address")
 
+	_, err = httpserver.Listen("public", "127.0.0.1:99999", httpserver.DefaultConfig(), http.NotFoundHandler(), quiet())
+	require.EqualError(t, err, "listen on 127.0.0.1:99999 (http.addr): address 99999: invalid port")
+
 	cfg := httpserver.DefaultConfig()
 	cfg.TLSCert = filepath.Join(t.TempDir(), "none.pem")
 	_, err = httpserver.Listen("public", "127.0.0.1:0", cfg, http.NotFoundHandler(), quiet())
@@ -47,9 +50,13 @@ func TestChosenPortIsLogged(t *testing.T) {
 	require.Contains(t, logs.String(), "server=public addr="+server.Addr())
 }
 
+// short is the limit that a test waits for, and yet time enough for what should
+// happen within it on a busy machine.
+const short = 200 * time.Millisecond
+
 func TestSlowHeader(t *testing.T) {
 	cfg := httpserver.DefaultConfig()
-	cfg.ReadHeaderTimeout = 50 * time.Millisecond
+	cfg.ReadHeaderTimeout = short
 	server := serve(t, cfg, http.NotFoundHandler())
 
 	conn := dial(t, server)
@@ -60,7 +67,7 @@ func TestSlowHeader(t *testing.T) {
 
 func TestIdleConnection(t *testing.T) {
 	cfg := httpserver.DefaultConfig()
-	cfg.IdleTimeout = 50 * time.Millisecond
+	cfg.IdleTimeout = short
 	server := serve(t, cfg, route("GET /", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) }))
 
 	conn := dial(t, server)
@@ -82,7 +89,7 @@ func echo(w http.ResponseWriter, r *http.Request) {
 
 func TestSlowBody(t *testing.T) {
 	cfg := httpserver.DefaultConfig()
-	cfg.ReadHeaderTimeout, cfg.ReadTimeout = 50*time.Millisecond, 50*time.Millisecond
+	cfg.ReadHeaderTimeout, cfg.ReadTimeout = short, short
 
 	for name, header := range map[string]string{
 		"with a length": "Content-Length: 10\r\n\r\nhalf",
@@ -102,6 +109,7 @@ func TestSlowBody(t *testing.T) {
 
 	t.Run("over HTTP/2", func(t *testing.T) {
 		cfg := cfg
+		cfg.ReadHeaderTimeout, cfg.ReadTimeout = 5*short, 5*short // they bound the TLS handshake as well
 		client, server := serveTLS(t, cfg, route("POST /", echo))
 		reader, writer := io.Pipe()
 		defer func() { require.NoError(t, writer.Close()) }()
@@ -134,14 +142,14 @@ func TestSlowBody(t *testing.T) {
 
 func TestReadTimeoutDoesNotBoundTheHandler(t *testing.T) {
 	cfg := httpserver.DefaultConfig()
-	cfg.ReadHeaderTimeout, cfg.ReadTimeout = 50*time.Millisecond, 50*time.Millisecond
+	cfg.ReadHeaderTimeout, cfg.ReadTimeout = short, short
 	server := serve(t, cfg, route("POST /", func(w http.ResponseWriter, r *http.Request) {
 		_, err := io.ReadAll(r.Body)
 		if err == nil {
 			select {
 			case <-r.Context().Done():
 				err = r.Context().Err()
-			case <-time.After(3 * cfg.ReadTimeout):
+			case <-time.After(2 * cfg.ReadTimeout):
 			}
 		}
 		httpserver.WriteJSON(w, r, http.StatusOK, err == nil)
@@ -305,7 +313,8 @@ func TestShutdown(t *testing.T) {
 			<-r.Context().Done()
 			close(cancelled)
 		})
-		results := get(newClient(t), server)
+		conn := dial(t, server)
+		send(t, conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n") // unread, so net/http does not watch the connection
 		waitFor(t, entered, "the request")
 
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
@@ -314,7 +323,8 @@ func TestShutdown(t *testing.T) {
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		require.ErrorContains(t, err, "drain public requests, 1 still in flight: ")
 		waitFor(t, cancelled, "the end of the request's context")
-		require.Error(t, (<-results).err)
+		_, err = conn.Read(make([]byte, 1))
+		require.Error(t, err)
 		require.NoError(t, <-served)
 	})
 
@@ -385,20 +395,26 @@ func TestConnectionLimit(t *testing.T) {
 func TestShutdownAtTheConnectionLimit(t *testing.T) {
 	cfg := httpserver.DefaultConfig()
 	cfg.MaxConnections = 1
-	entered := make(chan struct{})
-	server, err := httpserver.Listen("public", "127.0.0.1:0", cfg, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+	entered, release := make(chan struct{}), make(chan struct{})
+	server, err := httpserver.Listen("public", "127.0.0.1:0", cfg, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 		close(entered)
-		<-httpserver.Draining(r.Context())
+		<-release
 	}), quiet())
 	require.NoError(t, err)
-	served := make(chan error, 1)
-	go func() { served <- server.Serve() }()
-
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		_ = server.Serve() // its error is looked at elsewhere
+	}()
 	conn := dial(t, server)
 	send(t, conn, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
 	waitFor(t, entered, "the request")
-	require.NoError(t, server.Shutdown(t.Context()))
-	require.NoError(t, <-served)
+
+	down := make(chan error, 1)
+	go func() { down <- server.Shutdown(context.WithoutCancel(t.Context())) }()
+	waitFor(t, served, "Serve, which waits for a connection to close")
+	close(release)
+	require.NoError(t, <-down)
 	require.Equal(t, http.StatusOK, receive(t, conn).StatusCode)
 }
 

@@ -153,19 +153,37 @@ func TestLimiterNeverPassesItsLimit(t *testing.T) {
 // No permit may be lost between a waiter that gives up and the permit that
 // comes in the same moment.
 func TestLimiterGiveUpMayRaceWithTheGrant(t *testing.T) {
-	limiter := middleware.NewLimiter(1)
-	for range 5000 {
-		require.NoError(t, limiter.Acquire(t.Context()))
-		ctx, cancel := context.WithCancel(t.Context())
-		result := make(chan error, 1)
-		go func() { result <- limiter.Acquire(ctx) }()
-		go cancel()
-		limiter.Release()
-		if <-result == nil {
+	synctest.Test(t, func(t *testing.T) {
+		limiter := middleware.NewLimiter(1)
+		var granted, gaveUp int
+		for i := range 2000 {
+			require.NoError(t, limiter.Acquire(t.Context()))
+			ctx, cancel := context.WithCancel(t.Context())
+			first, second := make(chan error, 1), make(chan error, 1)
+			go func() { first <- limiter.Acquire(ctx) }()
+			synctest.Wait()
+			go func() { second <- limiter.Acquire(t.Context()) }()
+			synctest.Wait()
+			if i%2 == 0 {
+				cancel()
+				limiter.Release()
+			} else {
+				limiter.Release()
+				cancel()
+			}
+			if <-first == nil {
+				granted++
+				limiter.Release()
+			} else {
+				gaveUp++
+			}
+			require.NoError(t, <-second, "the permit went to the next in line")
 			limiter.Release()
+			require.Zero(t, limiter.InFlight())
 		}
-		requireFree(t, limiter, 1)
-	}
+		require.NotZero(t, granted)
+		require.NotZero(t, gaveUp)
+	})
 }
 
 func TestLimiterLimitMayChangeAtAnyTime(t *testing.T) {

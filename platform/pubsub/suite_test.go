@@ -186,8 +186,7 @@ func suite(t *testing.T, open func(t *testing.T) *pubsub.PubSub) {
 		// The group may come back, also on the same Subscriber.
 		again := subscribe(t, sub, "topic")
 		require.NoError(t, p.Publisher().Publish("topic", newMessage("later", "")))
-		for receiveAcked(t, again) != "later" {
-		}
+		require.Equal(t, "later", receiveAcked(t, again))
 		msg.Ack() // does no harm
 		requireIdle(t, sub)
 	})

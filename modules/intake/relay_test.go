@@ -1,0 +1,299 @@
+package intake
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/google/uuid"
+	"github.com/stretchr/testify/require"
+	metricnoop "go.opentelemetry.io/otel/metric/noop"
+	"go.opentelemetry.io/otel/propagation"
+	tracenoop "go.opentelemetry.io/otel/trace/noop"
+
+	"sluice/modules/contract"
+)
+
+// brokenStore is a store whose writes of one kind fail while it is told to.
+type brokenStore struct {
+	store
+	mu    sync.Mutex
+	fails func(*change) bool
+	tries int // writes that failed
+}
+
+var errDiskFull = errors.New("disk full")
+
+func (s *brokenStore) write(ctx context.Context, changes []*change) error {
+	s.mu.Lock()
+	for _, c := range changes {
+		if s.fails != nil && s.fails(c) {
+			s.tries++
+			s.mu.Unlock()
+			return errDiskFull
+		}
+	}
+	s.mu.Unlock()
+	return s.store.write(ctx, changes)
+}
+
+func (s *brokenStore) breaks(fails func(*change) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.fails, s.tries = fails, 0
+}
+
+func (s *brokenStore) failures() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.tries
+}
+
+// topicLog is a publisher that remembers, and refuses while it is told to.
+type topicLog struct {
+	mu       sync.Mutex
+	messages map[string][]*message.Message
+	refuses  bool
+}
+
+func (l *topicLog) Publish(topic string, msgs ...*message.Message) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.refuses {
+		return errors.New("broker is away")
+	}
+	if l.messages == nil {
+		l.messages = map[string][]*message.Message{}
+	}
+	l.messages[topic] = append(l.messages[topic], msgs...)
+	return nil
+}
+
+func (l *topicLog) Close() error { return nil }
+
+func (l *topicLog) refuse(yes bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.refuses = yes
+}
+
+// of returns the ids of the messages of a topic.
+func (l *topicLog) of(topic string) []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var all []string
+	for _, msg := range l.messages[topic] {
+		all = append(all, msg.UUID)
+	}
+	return all
+}
+
+// testModule is a running module on a store that can break and a publisher
+// that remembers.
+func testModule(t *testing.T, window int) (*Module, *brokenStore, *topicLog) {
+	t.Helper()
+	s, log := &brokenStore{store: newMemoryStore()}, &topicLog{}
+	m, err := newModule(t.Context(), DefaultConfig(), DefaultStoreConfig(), threeTry, Deps{
+		Logger:         slog.New(slog.DiscardHandler),
+		TracerProvider: tracenoop.NewTracerProvider(),
+		MeterProvider:  metricnoop.NewMeterProvider(),
+		Propagator:     propagation.TraceContext{},
+		Bus:            Bus{Publisher: log, Window: window, System: "test"},
+	}, s)
+	require.NoError(t, err)
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = m.Run(ctx) // ends without an error
+	}()
+	t.Cleanup(func() {
+		stop()
+		<-done
+		require.NoError(t, m.Close())
+	})
+	return m, s, log
+}
+
+func submit(t *testing.T, m *Module, number string) *order {
+	t.Helper()
+	o := testOrder(number)
+	require.NoError(t, m.writer.do(t.Context(), &change{insert: o}))
+	return o
+}
+
+func soon(t *testing.T, condition func() bool) {
+	t.Helper()
+	require.Eventually(t, condition, 20*time.Second, time.Millisecond)
+}
+
+func TestRelayPublishesAndMarks(t *testing.T) {
+	m, s, log := testModule(t, 0)
+	o := submit(t, m, "A-1")
+	soon(t, func() bool { return len(log.of(contract.TopicSubmitted)) == 1 })
+	soon(t, func() bool {
+		got, err := s.get(t.Context(), o.ID)
+		return err == nil && got.PublishAt.IsZero()
+	})
+	require.Equal(t, []string{o.ID.String() + ".1"}, log.of(contract.TopicSubmitted))
+}
+
+func TestRelayDoesNotPublishAgainWhatItCouldNotMark(t *testing.T) {
+	m, s, log := testModule(t, 0)
+	s.breaks(func(c *change) bool { return c.marks != nil })
+	o := submit(t, m, "A-1")
+	soon(t, func() bool { return s.failures() >= 3 })
+	require.Len(t, log.of(contract.TopicSubmitted), 1, "published again instead of marked again")
+	s.breaks(nil)
+	submit(t, m, "A-2")
+	soon(t, func() bool { return len(log.of(contract.TopicSubmitted)) == 2 })
+	got, err := s.get(t.Context(), o.ID)
+	require.NoError(t, err)
+	require.True(t, got.PublishAt.IsZero())
+}
+
+func TestRelayGoesOnWhenTheBrokerIsBack(t *testing.T) {
+	m, _, log := testModule(t, 0)
+	log.refuse(true)
+	for i := range 3 {
+		submit(t, m, fmt.Sprintf("A-%d", i))
+	}
+	log.refuse(false)
+	soon(t, func() bool { return len(log.of(contract.TopicSubmitted)) == 3 })
+}
+
+func TestRelayKeepsToItsWindow(t *testing.T) {
+	m, _, log := testModule(t, 2)
+	var orders []*order
+	for i := range 5 {
+		orders = append(orders, submit(t, m, fmt.Sprintf("A-%d", i)))
+	}
+	for n := 2; n <= 5; n++ {
+		soon(t, func() bool { return len(log.of(contract.TopicSubmitted)) == n })
+		// Nothing more comes until an attempt has ended.
+		limit, _ := m.relay.room()
+		require.Zero(t, limit)
+		out := outcome(contract.TypeSaved, 1)
+		out.OrderID = orders[n-2].ID.String()
+		project(t, m, out)
+	}
+	require.Len(t, log.of(contract.TopicSubmitted), 5)
+}
+
+func TestRelayBoundsTheBytesOfItsWindow(t *testing.T) {
+	r := newRelay(newMemoryStore(), nil, Deps{Bus: Bus{Window: 100}})
+	big := &order{ID: uuid.New(), Size: windowBytes}
+	r.take(big)
+	r.take(big) // published again: it counts once
+	limit, _ := r.room()
+	require.Zero(t, limit)
+	r.finished(big.ID)
+	r.finished(big.ID)
+	limit, size := r.room()
+	require.Equal(t, 100, limit)
+	require.Equal(t, relayBytes, size)
+}
+
+func TestTheDeathOfAnOrderIsPublished(t *testing.T) {
+	m, s, log := testModule(t, 0)
+	o := submit(t, m, "A-1")
+	for n := 1; n <= 3; n++ {
+		out := outcome(contract.TypeAttemptFailed, n)
+		out.OrderID = o.ID.String()
+		project(t, m, out)
+	}
+	soon(t, func() bool { return len(log.of(contract.TopicOutcome)) == 1 })
+	require.Equal(t, []string{o.ID.String() + ".3." + contract.TypeDead}, log.of(contract.TopicOutcome))
+	got, err := s.get(t.Context(), o.ID)
+	require.NoError(t, err)
+	require.Equal(t, contract.StatusDead, got.Status)
+}
+
+func TestProjectionHoldsAnOutcomeUntilItIsStored(t *testing.T) {
+	m, s, _ := testModule(t, 0)
+	o := submit(t, m, "A-1")
+	s.breaks(func(c *change) bool { return c.update != nil })
+	out := outcome(contract.TypeSaved, 1)
+	out.OrderID = o.ID.String()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		msg, err := out.Message()
+		if err == nil {
+			err = m.project(msg)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}()
+	soon(t, func() bool { return s.failures() >= 2 })
+	select {
+	case <-done:
+		require.FailNow(t, "acknowledged before it was stored")
+	default:
+	}
+	s.breaks(nil)
+	<-done
+	got, err := s.get(t.Context(), o.ID)
+	require.NoError(t, err)
+	require.Equal(t, contract.StatusSaved, got.Status)
+}
+
+func TestProjectionGivesTheMessageBackWhenItIsStopped(t *testing.T) {
+	m, s, _ := testModule(t, 0)
+	o := submit(t, m, "A-1")
+	s.breaks(func(c *change) bool { return c.update != nil })
+	out := outcome(contract.TypeSaved, 1)
+	out.OrderID = o.ID.String()
+	msg, err := out.Message()
+	require.NoError(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	msg.SetContext(ctx)
+	cancel()
+	require.Error(t, m.project(msg))
+}
+
+func TestProjectionRefusesWhatItCannotRead(t *testing.T) {
+	m, _, _ := testModule(t, 0)
+	require.ErrorIs(t, m.project(message.NewMessage(watermill.NewUUID(), []byte("x"))), contract.ErrUndecodable)
+	out := outcome(contract.TypeSaved, 1)
+	out.OrderID = "not a uuid"
+	msg, err := out.Message()
+	require.NoError(t, err)
+	require.ErrorIs(t, m.project(msg), contract.ErrUndecodable)
+	out.OrderID = uuid.NewString() // of an order that a restored database does not have
+	project(t, m, out)
+}
+
+func TestWaitersAreWokenOnceAndForgotten(t *testing.T) {
+	var w waiters
+	id := uuid.New()
+	a, leaveA := w.watch(id)
+	b, leaveB := w.watch(id)
+	_, leaveC := w.watch(uuid.New())
+	leaveC()
+	w.notify(id)
+	<-a
+	<-b
+	c, leaveD := w.watch(id)
+	leaveA()
+	leaveB()
+	w.notify(id)
+	<-c
+	leaveD()
+	require.Empty(t, w.news)
+}
+
+func project(t *testing.T, m *Module, out contract.Outcome) {
+	t.Helper()
+	msg, err := out.Message()
+	require.NoError(t, err)
+	msg.SetContext(t.Context())
+	require.NoError(t, m.project(msg))
+}
