@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/url"
 	"os"
 	"slices"
 	"time"
@@ -59,6 +60,9 @@ func inFlightMargin(concurrency int) int { return max(64, concurrency/2) }
 // transactions, so more of them make larger groups, not more work.
 const outcomesInFlight = 1024
 
+// telemetryFlushTimeout bounds what a stopping process waits for a collector.
+const telemetryFlushTimeout = 5 * time.Second
+
 // startTelemetry is telemetry.Start, or what a test has in its place.
 type startTelemetry func(ctx context.Context, version string, logger *slog.Logger) (*telemetry.Telemetry, error)
 
@@ -82,7 +86,16 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 	if err != nil {
 		return fmt.Errorf("start telemetry: %w", err)
 	}
-	closers.add("telemetry", tel.Shutdown)
+	// A collector that does not take the rest costs the rest and nothing more:
+	// neither the time of those who stop us, nor the exit code.
+	closers.add("telemetry", func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, telemetryFlushTimeout)
+		defer cancel()
+		if err := tel.Shutdown(ctx); err != nil {
+			logger.Warn("the last traces or metrics are lost", "error", err)
+		}
+		return nil
+	})
 
 	health := httpserver.NewHealth()
 	mux, adminMux := http.NewServeMux(), httpserver.Admin(health, tel.Metrics, logger)
@@ -114,7 +127,7 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 	in, err := intake.Open(ctx, cfg.Intake, cfg.Store, cfg.Dispatch.RetryConfig, intake.Deps{
 		Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator,
 		Direct: client, DirectTimeout: cfg.Backend.Timeout,
-		Bus: intake.Bus{Publisher: traced(bus.Publisher()), Subscriber: outcomes, Poison: bus.Publisher(),
+		Bus: intake.Bus{Publisher: traced(bus.Publisher()), Subscriber: outcomes, Poison: traced(bus.Publisher()),
 			Window: bus.Window(), Durable: bus.Durable(), System: bus.Name(), Redelivered: pubsub.Redelivered},
 	})
 	if err != nil {
@@ -127,7 +140,7 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 
 	orders := bus.Subscriber(contract.GroupDispatch, cfg.Dispatch.Concurrency+inFlightMargin(cfg.Dispatch.Concurrency))
 	out, err := dispatch.New(cfg.Dispatch.Config, cfg.Backend, client, dispatch.Bus{
-		Subscriber: orders, Outcomes: traced(bus.Confirmed()), Poison: bus.Publisher(), System: bus.Name(), Redelivered: pubsub.Redelivered,
+		Subscriber: orders, Outcomes: traced(bus.Confirmed()), Poison: traced(bus.Publisher()), System: bus.Name(), Redelivered: pubsub.Redelivered,
 	}, dispatch.Deps{Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator})
 	if err != nil {
 		return fmt.Errorf("set up dispatch: %w", err)
@@ -172,7 +185,10 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 	routerDone := background(func() error { return router.Run(context.WithoutCancel(ctx)) })
 	closers.add("router", func(context.Context) error { defer routerDone(); return router.Close() })
 	closers.add("outcomes in flight", outcomes.Drain)
-	closers.add("backend calls in flight", orders.Drain)
+	closers.add("backend calls in flight", func(ctx context.Context) error {
+		out.Stop() // or the drain would wait for those as well that wait for a permit
+		return orders.Drain(ctx)
+	})
 	select {
 	case <-router.Running():
 	case err := <-failed:
@@ -188,7 +204,7 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 
 	health.SetReady()
 	logger.Info("ready", "version", buildVersion(), "addr", public.Addr(), "admin_addr", admin.Addr(), "broker", bus.Name(),
-		"store", cfg.Store.Driver, "backend", cfg.Backend.URL, "concurrency", cfg.Dispatch.Concurrency)
+		"store", cfg.Store.Driver, "backend", redacted(cfg.Backend.URL), "concurrency", cfg.Dispatch.Concurrency)
 	if ready != nil {
 		ready(public.Addr(), admin.Addr())
 	}
@@ -257,6 +273,15 @@ func statusHandler(in *intake.Module, out *dispatch.Module, bus *pubsub.PubSub) 
 		}{stats.Backlog, stats.OldestWaiting.Seconds(), d.InFlight, d.Limit,
 			rates{stats.AcceptedRate, stats.SavedRate}, broker{bus.Name(), brokerState}, state{"running"}})
 	}
+}
+
+// redacted hides the password of a URL.
+func redacted(text string) string {
+	u, err := url.Parse(text)
+	if err != nil {
+		return "<unreadable>"
+	}
+	return u.Redacted()
 }
 
 // loadConfig reads the configuration of a command that has config.AddFlags.

@@ -83,7 +83,8 @@ func TestAGracefulStopFinishesTheCallsInFlightAndRepeatsNone(t *testing.T) {
 	// With one worker, calls of 300 ms wait in the stand-in until the test has
 	// seen enough and gives it all the workers it likes.
 	b, dir := backend(t, "--latency", "300ms", "--capacity", "1"), t.TempDir()
-	s := settings{"backend.url": b.ordersURL(), "dispatch.concurrency": strconv.Itoa(concurrency), "backend.timeout": "50s", "http.shutdown_timeout": "50s"}
+	s := settings{"backend.url": b.ordersURL(), "dispatch.concurrency": strconv.Itoa(concurrency), "backend.timeout": "50s",
+		"intake.max_wait": "10m", "http.shutdown_timeout": "50s"}
 	g := serve(t, false, dir, s)
 	ids, err := g.flood(t.Context(), 16, n, func(i int) string { return fmt.Sprintf("S-%d", i) })
 	require.NoError(t, err)
@@ -98,7 +99,8 @@ func TestAGracefulStopFinishesTheCallsInFlightAndRepeatsNone(t *testing.T) {
 	eventually(t, 30*time.Second, func() bool { return refused(t, g.url) }, "the public port is open")
 	var ready struct{ Status string }
 	eventually(t, 30*time.Second, func() bool {
-		a := do(t, http.MethodGet, g.admin+"/readyz", "", nil)
+		a, err := try(t.Context(), http.MethodGet, g.admin+"/readyz", "", nil)
+		require.NoError(t, err, "the gateway has ended and was never seen draining")
 		require.NoError(t, json.Unmarshal(a.body, &ready))
 		return a.status == http.StatusServiceUnavailable && ready.Status == "draining"
 	}, "the gateway is not draining")
@@ -106,11 +108,16 @@ func TestAGracefulStopFinishesTheCallsInFlightAndRepeatsNone(t *testing.T) {
 	require.Positive(t, stats.InFlight, "the client's wait, the port and the readiness did not wait for the calls")
 	t.Logf("while draining, with %d calls in flight: %s, the port is closed, the waiting client has its 202", stats.InFlight, ready.Status)
 
+	// Calls that end leave a gap: no further one is begun.
+	eventually(t, 50*time.Second, func() bool { return b.stats(t).InFlight <= concurrency-4 }, "new calls are begun")
+	stopped := b.stats(t)
+	require.Less(t, stopped.Requests-stats.Requests, concurrency/2, "calls that were begun while the gateway was draining")
 	b.control(t, `{"capacity": 0}`)
 	began := time.Now()
 	require.Zero(t, g.exit(t))
 	after := b.stats(t)
-	t.Logf("ended %v later with exit code 0; %d calls since the signal", time.Since(began).Round(time.Millisecond), after.Requests-stats.Requests)
+	t.Logf("with all workers it ended %v later with exit code 0; %d calls were begun in the meantime", time.Since(began).Round(time.Millisecond), after.Requests-stats.Requests)
+	require.Equal(t, stopped.Requests, after.Requests)
 	require.Zero(t, after.InFlight)
 	require.Equal(t, after.Requests, after.Orders, "no call was cut off")
 
@@ -217,8 +224,8 @@ type pending struct {
 	err  error
 }
 
-// waitFor submits an order with "Prefer: wait=30", and returns when it is
-// accepted and the gateway holds the request.
+// waitFor submits an order with a Prefer: wait that is longer than any test,
+// and returns when it is accepted and the gateway holds the request.
 func (g *gateway) waitFor(t testing.TB, number string) *pending {
 	t.Helper()
 	p := &pending{done: make(chan struct{})}
@@ -226,7 +233,7 @@ func (g *gateway) waitFor(t testing.TB, number string) *pending {
 	t.Cleanup(func() { cancel(); <-p.done })
 	go func() {
 		defer close(p.done)
-		p.got, p.err = try(ctx, http.MethodPost, g.url+"/orders", body(number), jsonHeader("Prefer", "wait=30"))
+		p.got, p.err = try(ctx, http.MethodPost, g.url+"/orders", body(number), jsonHeader("Prefer", "wait=600"))
 	}()
 	eventually(t, 30*time.Second, func() bool {
 		var list struct{ Orders []order }

@@ -59,7 +59,7 @@ func binary(t testing.TB, race bool) string {
 		return path
 	}
 	if binaries.dir == "" {
-		dir, err := os.MkdirTemp("", "sluice-e2e-")
+		dir, err := os.MkdirTemp("", "sluice-e2e-") //nolint:usetesting // outlives this test: all tests share the binaries
 		require.NoError(t, err)
 		binaries.dir, binaries.built = dir, map[bool]string{}
 	}

@@ -579,58 +579,60 @@ func TestAttemptHasNoOutcomeWhenTheCallerEndsIt(t *testing.T) {
 }
 
 func TestAttemptsShareConnections(t *testing.T) {
-	const concurrency, attempts = 64, 1000
+	const concurrency, waves = 64, 16 // 1,024 attempts
 
-	connections := connectionsOf(t, concurrency, attempts)
+	connections := connectionsOf(t, concurrency, waves)
 	// On a busy machine net/http gives a few up, see above; not in every run.
 	for range 5 {
 		if connections > concurrency {
-			connections = min(connections, connectionsOf(t, concurrency, attempts))
+			connections = min(connections, connectionsOf(t, concurrency, waves))
 		}
 	}
 
 	require.LessOrEqual(t, connections, int64(concurrency))
 }
 
-// connectionsOf counts the connections of that many attempts.
-func connectionsOf(t *testing.T, concurrency, attempts int64) int64 {
+// connectionsOf counts the connections of attempts that come in waves. All of a
+// wave are in the backend at once, so that none dials in vain, and all of their
+// connections are idle at once before the next.
+func connectionsOf(t *testing.T, concurrency, waves int64) int64 {
 	t.Helper()
 	var (
-		waiting atomic.Int64
+		mu      sync.Mutex
+		waiting int64
 		all     = make(chan struct{})
 	)
-	// The first attempts wait for each other in the backend, so that as many
-	// connections exist and none is dialled in vain.
 	backend, connections := countingBackend(t, func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
-		if waiting.Add(1) == concurrency {
+		mu.Lock()
+		wave := all
+		if waiting++; waiting == concurrency {
 			close(all)
+			waiting, all = 0, make(chan struct{})
 		}
+		mu.Unlock()
 		select {
-		case <-all:
+		case <-wave:
 		case <-r.Context().Done():
 		}
 		_, _ = io.WriteString(w, `{"saved":true}`)
 	})
 	client := newClient(t, backend.URL)
 
-	var (
-		wg    sync.WaitGroup
-		next  atomic.Int64
-		saved atomic.Int64
-	)
-	for range concurrency {
-		wg.Go(func() {
-			for next.Add(1) <= attempts {
+	var saved atomic.Int64
+	for range waves {
+		var wg sync.WaitGroup
+		for range concurrency {
+			wg.Go(func() {
 				if outcome, err := client.Attempt(t.Context(), newOrder()); err == nil && outcome.Type == contract.TypeSaved {
 					saved.Add(1)
 				}
-			}
-		})
+			})
+		}
+		wg.Wait()
 	}
-	wg.Wait()
 
-	require.Equal(t, attempts, saved.Load())
+	require.Equal(t, concurrency*waves, saved.Load())
 	return connections.Load()
 }
 

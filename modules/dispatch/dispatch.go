@@ -120,9 +120,18 @@ func (m *Module) observe(meter metric.Meter) error {
 func (m *Module) Register(router *message.Router) {
 	router.AddConsumerHandler(handlerName, contract.TopicSubmitted, m.bus.Subscriber, func(msg *message.Message) error {
 		_, err := m.handler(msg) // what it produced is published by then
+		if errors.Is(err, middleware.ErrClosed) {
+			msg.Nack() // no failure, which the router would log: it goes back untouched
+			return nil
+		}
 		return err
 	})
 }
+
+// Stop begins no further attempt: orders that wait for a permit go back to the
+// broker. It does not wait for the attempts that run; a drain of the subscriber
+// does. There is no way back.
+func (m *Module) Stop() { m.limiter.Close() }
 
 // Stats may be called at any time, concurrently.
 func (m *Module) Stats() Stats {

@@ -278,6 +278,42 @@ func TestModulePublishesOutsideOfThePermit(t *testing.T) {
 	}
 }
 
+func TestModuleStopFinishesAttemptsAndBeginsNone(t *testing.T) {
+	arrived, answer := make(chan struct{}, 2), make(chan struct{})
+	backend := newBackend(t, func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		arrived <- struct{}{}
+		<-answer
+	})
+	source := newSource(orderNumbered(1).Message(), orderNumbered(2).Message())
+	outcomes := &blockingPublisher{release: make(chan struct{}), published: make(chan *message.Message, 2)}
+	close(outcomes.release)
+	module := newModule(t, backend.URL, 1, quietDeps(), dispatch.Bus{
+		Subscriber:  source,
+		Outcomes:    outcomes,
+		Poison:      outcomes,
+		Redelivered: func(*message.Message) bool { return false },
+	})
+	run(t, module)
+	receive(t, arrived)
+
+	module.Stop()
+
+	// Either of the two may have come first.
+	other := source.msgs[0]
+	select {
+	case <-source.msgs[0].Nacked():
+		other = source.msgs[1]
+	case <-source.msgs[1].Nacked():
+	case <-time.After(soon):
+		require.FailNow(t, "the order that waits for a permit is not given back")
+	}
+	close(answer)
+	receive(t, other.Acked())
+	require.Empty(t, arrived)
+	require.Len(t, outcomes.published, 1)
+}
+
 func TestModuleNacksWhatTheStopInterrupts(t *testing.T) {
 	arrived := make(chan struct{})
 	backend := newBackend(t, func(_ http.ResponseWriter, r *http.Request) {

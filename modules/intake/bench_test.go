@@ -77,7 +77,9 @@ func acceptRate(b *testing.B, driver string, connections, orders int) float64 {
 	mux := http.NewServeMux()
 	if driver == "" {
 		m.handle(mux, "POST /orders", func(w http.ResponseWriter, r *http.Request) {
-			if o, ok := m.readOrder(w, r); ok {
+			held := room{bodies: m.bodies}
+			defer held.release()
+			if o, ok := m.readOrder(w, r, &held); ok {
 				w.Header().Set("Location", location(o))
 				m.writeOrder(w, r, http.StatusAccepted, o)
 			}
@@ -152,7 +154,7 @@ func generateOn(addr, tag string, first, step, orders int) error {
 	if err != nil {
 		return err
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }() // all answers are read by then
 	answers := bufio.NewReader(conn)
 	for i := first; i < orders; i += step {
 		body := fmt.Sprintf(`{"orderNumber":"%s-%d","customerId":"c-1001","currency":"EUR","items":[{"sku":"tea-green-100","quantity":2,"unitPrice":4.5},{"sku":"cup","quantity":1,"unitPrice":12.25}],"note":"ring twice"}`, tag, i)

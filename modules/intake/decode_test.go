@@ -470,7 +470,7 @@ func decodeStandard(body []byte) (any, error) {
 		return nil, err
 	}
 	if _, err := decoder.Token(); err != io.EOF {
-		return nil, fmt.Errorf("text after the value: %v", err)
+		return nil, fmt.Errorf("text after the value")
 	}
 	return v, nil
 }

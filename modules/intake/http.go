@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
-	"io"
 	"mime"
 	"net/http"
 	"strconv"
@@ -38,7 +37,9 @@ func (m *Module) postOrder(w http.ResponseWriter, r *http.Request) {
 		m.refuse(w, r, problemBacklogFull(limit))
 		return
 	}
-	o, ok := m.readOrder(w, r)
+	held := room{bodies: m.bodies}
+	defer held.release()
+	o, ok := m.readOrder(w, r, &held)
 	if !ok {
 		return
 	}
@@ -46,6 +47,9 @@ func (m *Module) postOrder(w http.ResponseWriter, r *http.Request) {
 	if o, ok = m.insert(w, r, o); !ok {
 		return
 	}
+	// The store has it. A client that waits holds no memory.
+	o.Body = nil
+	held.release()
 	if prefer.hasWait {
 		if o, ok = m.await(w, r, o, prefer.wait); !ok {
 			return
@@ -63,10 +67,9 @@ func (m *Module) postOrder(w http.ResponseWriter, r *http.Request) {
 // returns false, the request has been answered.
 func (m *Module) insert(w http.ResponseWriter, r *http.Request, o *order) (*order, bool) {
 	c := &change{insert: o}
-	if err := m.writer.do(r.Context(), c); err != nil {
-		if r.Context().Err() != nil {
-			return nil, false // nobody is there to answer
-		}
+	// If the client leaves now, the order is stored all the same, and its body
+	// takes memory until then: better wait for it here.
+	if err := m.writer.do(context.WithoutCancel(r.Context()), c); err != nil {
 		m.failed(w, r, "store an order", err)
 		return nil, false
 	}
@@ -131,7 +134,9 @@ func (m *Module) postOrderSync(w http.ResponseWriter, r *http.Request) {
 		}
 		defer m.direct.Release(1)
 	}
-	o, ok := m.readOrder(w, r)
+	held := room{bodies: m.bodies}
+	defer held.release()
+	o, ok := m.readOrder(w, r, &held)
 	if !ok {
 		return
 	}
@@ -191,9 +196,10 @@ func (m *Module) call(w http.ResponseWriter, r *http.Request, o *order) {
 	}
 }
 
-// readOrder reads, checks and builds an order from the request. When it
+// readOrder reads, checks and builds an order from the request. A large body
+// takes room, which the caller releases when it is done with the body. When it
 // returns false, the request has been answered.
-func (m *Module) readOrder(w http.ResponseWriter, r *http.Request) (*order, bool) {
+func (m *Module) readOrder(w http.ResponseWriter, r *http.Request, held *room) (*order, bool) {
 	contentType := r.Header.Get("Content-Type")
 	if !isJSON(contentType) {
 		httpserver.WriteProblem(w, r, problemMediaType(contentType))
@@ -204,17 +210,12 @@ func (m *Module) readOrder(w http.ResponseWriter, r *http.Request) (*order, bool
 		httpserver.WriteProblem(w, r, problemHeader("Idempotency-Key", err))
 		return nil, false
 	}
-	body, ok := m.readBody(w, r)
+	body, ok := m.readBody(w, r, held)
 	if !ok {
 		return nil, false
 	}
-	doc, err := decodeDocument(body)
-	if err != nil {
-		httpserver.WriteProblem(w, r, problemMalformed(err))
-		return nil, false
-	}
-	if faults := m.schema.validate(doc.value); len(faults) > 0 {
-		httpserver.WriteProblem(w, r, problemInvalid(faults))
+	doc, ok := m.check(w, r, body)
+	if !ok {
 		return nil, false
 	}
 	number := ""
@@ -251,48 +252,6 @@ func isJSON(contentType string) bool {
 	mediaType, params, err := mime.ParseMediaType(contentType)
 	charset := params["charset"]
 	return err == nil && mediaType == "application/json" && (charset == "" || strings.EqualFold(charset, "utf-8"))
-}
-
-// readBody reads the whole body, and no more bytes at once over all requests
-// than maxBodies.
-func (m *Module) readBody(w http.ResponseWriter, r *http.Request) ([]byte, bool) {
-	limit := int64(m.cfg.MaxBody)
-	if r.ContentLength > limit {
-		httpserver.WriteProblem(w, r, problemTooLarge(m.cfg.MaxBody))
-		return nil, false
-	}
-	size := limit
-	if r.ContentLength >= 0 {
-		size = r.ContentLength
-	}
-	if err := m.bodies.Acquire(r.Context(), size); err != nil {
-		return nil, false // the client has left
-	}
-	defer m.bodies.Release(size)
-	body, err := readAll(http.MaxBytesReader(w, r.Body, limit), r.ContentLength)
-	if err == nil {
-		return body, true
-	}
-	var tooLarge *http.MaxBytesError
-	problem, known := httpserver.ReadProblem(err)
-	switch {
-	case errors.As(err, &tooLarge):
-		problem = problemTooLarge(m.cfg.MaxBody)
-	case !known:
-		problem = problemMalformed(err)
-	}
-	httpserver.WriteProblem(w, r, problem)
-	return nil, false
-}
-
-// readAll is io.ReadAll with a buffer of the right size where that is known.
-func readAll(r io.Reader, size int64) ([]byte, error) {
-	if size < 0 {
-		return io.ReadAll(r)
-	}
-	body := make([]byte, size)
-	n, err := io.ReadFull(r, body)
-	return body[:n], err
 }
 
 // getOrder is GET /orders/{id}.
@@ -445,7 +404,7 @@ func (m *Module) refuse(w http.ResponseWriter, r *http.Request, p httpserver.Pro
 
 // failed answers a request that the store could not serve, and logs why.
 func (m *Module) failed(w http.ResponseWriter, r *http.Request, what string, err error) {
-	m.logger.ErrorContext(r.Context(), "cannot "+what, "error", err)
+	m.logger.ErrorContext(r.Context(), "the store failed a request", "operation", what, "error", err)
 	m.refuse(w, r, problemStorage())
 }
 

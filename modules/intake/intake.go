@@ -79,13 +79,10 @@ type Module struct {
 	relay   *relay
 	waiters waiters
 	stats   *stats
-	bodies  *semaphore.Weighted // bytes of bodies that are being read
+	bodies  *semaphore.Weighted // bytes of large bodies in memory
+	checks  *semaphore.Weighted // large bodies that are being checked
 	direct  *semaphore.Weighted // POST /orders/sync under way, nil without a limit
 }
-
-// maxBodies bounds the memory taken by bodies that are still arriving, however
-// many connections send one.
-const maxBodies = 256 << 20
 
 // Open opens the store, brings it up to date, and makes every order due that
 // an earlier process left unfinished. It starts nothing: see Run.
@@ -105,6 +102,7 @@ func newModule(ctx context.Context, cfg Config, storeCfg StoreConfig, retry Retr
 	m := &Module{
 		cfg: cfg, retry: retry, retention: storeCfg.Retention, deps: deps, logger: deps.Logger, store: s,
 		bodies: semaphore.NewWeighted(max(maxBodies, int64(cfg.MaxBody))),
+		checks: semaphore.NewWeighted(maxChecks),
 	}
 	if cfg.SyncLimit > 0 {
 		m.direct = semaphore.NewWeighted(int64(cfg.SyncLimit))
@@ -123,7 +121,7 @@ func newModule(ctx context.Context, cfg Config, storeCfg StoreConfig, retry Retr
 	m.relay = newRelay(s, m.writer, deps)
 	n, err := s.recover(ctx, now())
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, m.stats.close())
 	}
 	if n > 0 {
 		m.logger.Info("took over orders that were in flight when the last process ended", "orders", n)
@@ -217,7 +215,7 @@ func (m *Module) Stats(ctx context.Context) (Stats, error) {
 // returned, the router is closed and no request is under way.
 func (m *Module) Close() error {
 	m.writer.close()
-	return m.store.close()
+	return errors.Join(m.stats.close(), m.store.close())
 }
 
 // Routes adds the client's endpoints.

@@ -76,6 +76,11 @@ func problemStorage() httpserver.Problem {
 		Detail: "nothing was accepted; send the request again later"}
 }
 
+func problemOverloaded() httpserver.Problem {
+	return httpserver.Problem{Type: "overloaded", Title: "Too many large orders arrive at once", Status: http.StatusServiceUnavailable,
+		Detail: "there is no room for the body at the moment; nothing was accepted, send the request again later"}
+}
+
 func problemSyncLimit(limit int) httpserver.Problem {
 	return httpserver.Problem{Type: "sync-limit-reached", Title: "Too many synchronous orders are under way", Status: http.StatusServiceUnavailable,
 		Detail: fmt.Sprintf("%d calls of the backend are under way (intake.sync_limit); send it again later, or to POST /orders", limit)}

@@ -74,7 +74,7 @@ func (m *Module) tell(o *order, out contract.Outcome) {
 		m.logger.Warn("order is dead: its last attempt failed; replay it with POST /admin/orders/{id}/replay",
 			"order_id", o.ID, "trace_id", o.traceID(), "attempts", o.Attempts, "error", out.Error)
 	default:
-		m.logger.Debug("order "+string(o.Status), "order_id", o.ID, "trace_id", o.traceID(), "attempts", o.Attempts)
+		m.logger.Debug("outcome stored", "status", o.Status, "order_id", o.ID, "trace_id", o.traceID(), "attempts", o.Attempts)
 	}
 }
 

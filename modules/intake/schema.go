@@ -247,8 +247,7 @@ func within(depth int, branches ...*jsonschema.ValidationError) string {
 	if len(list) == 0 {
 		return describe(nil)
 	}
-	list.sort()
-	first := list[0]
+	first := slices.MinFunc(list, compareFaults)
 	return strings.TrimSpace(formatPointer(first.path[depth:]) + " " + first.detail)
 }
 
@@ -326,10 +325,8 @@ func (f faults) placeNamesIn(v any, path []string, open map[int]map[string][]int
 
 // report returns the first faults, each once.
 func (f faults) report() []fieldError {
-	f.sort()
-	f = slices.CompactFunc(f, func(a, b fault) bool { return compareFaults(a, b) == 0 })
 	var list []fieldError
-	for _, fault := range f[:min(len(f), maxFieldErrors)] {
+	for _, fault := range f.first(maxFieldErrors) {
 		list = append(list, fieldError{
 			Pointer: shorten(formatPointer(fault.path), maxPointer),
 			Detail:  fault.detail,
@@ -338,9 +335,22 @@ func (f faults) report() []fieldError {
 	return list
 }
 
-// sort puts faults in the order of their places: items by their number,
-// members by their names.
-func (f faults) sort() { slices.SortFunc(f, compareFaults) }
+// first returns the first n faults in the order of their places: items by their
+// number, members by their names. A hostile order has a million faults, and to
+// sort them all would take seconds.
+func (f faults) first(n int) faults {
+	var best faults
+	for _, fault := range f {
+		if len(best) == n && compareFaults(fault, best[n-1]) >= 0 {
+			continue
+		}
+		if i, found := slices.BinarySearchFunc(best, fault, compareFaults); !found {
+			best = slices.Insert(best, i, fault)
+			best = best[:min(len(best), n)]
+		}
+	}
+	return best
+}
 
 func compareFaults(a, b fault) int {
 	return cmp.Or(slices.CompareFunc(a.path, b.path, compareTokens), cmp.Compare(a.detail, b.detail))

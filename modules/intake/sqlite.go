@@ -133,8 +133,10 @@ func (s *sqliteStore) write(ctx context.Context, changes []*change) error {
 	return nil
 }
 
+// rollback ends a transaction that has not ended yet. SQLite ends one by itself
+// when the disk is full or cannot be written, and then has none to roll back.
 func rollback(tx *sql.Tx) error {
-	if err := tx.Rollback(); err != nil && !errors.Is(err, sql.ErrTxDone) {
+	if err := tx.Rollback(); err != nil && !errors.Is(err, sql.ErrTxDone) && !strings.Contains(err.Error(), "no transaction is active") {
 		return fmt.Errorf("roll back transaction: %w", err)
 	}
 	return nil
@@ -503,14 +505,31 @@ func idAt(at time.Time) []byte {
 	return id
 }
 
-// ping commits a transaction that changes nothing but has to be written, so
-// that it fails when the disk is full or the file cannot be written.
+// ping commits a transaction that takes the space of a few orders and gives it
+// back, so that it fails when the disk is full or the file cannot be written.
 func (s *sqliteStore) ping(ctx context.Context) error {
-	if _, err := s.db.Write.ExecContext(ctx, `INSERT INTO order_counts (status, n) VALUES ('accepted', 0) ON CONFLICT (status) DO UPDATE SET n = n + 0`); err != nil {
-		return fmt.Errorf("write to the database: %w", err)
+	tx, err := s.db.Write.BeginTx(ctx, nil)
+	if err != nil {
+		return fmt.Errorf("write to the database: begin transaction: %w", err)
+	}
+	// A row of pingBytes that nobody else ever sees.
+	for _, statement := range []string{
+		fmt.Sprintf(`INSERT INTO order_counts (status, n) VALUES (hex(zeroblob(%d)), 0)`, pingBytes/2),
+		`DELETE FROM order_counts WHERE length(status) > 1000`,
+	} {
+		if _, err := tx.ExecContext(ctx, statement); err != nil {
+			return errors.Join(fmt.Errorf("write to the database: %w", err), rollback(tx))
+		}
+	}
+	if err := tx.Commit(); err != nil {
+		return errors.Join(fmt.Errorf("write to the database: commit transaction: %w", err), rollback(tx))
 	}
 	return nil
 }
+
+// pingBytes is what must fit for orders to be stored. An index has the row once
+// more.
+const pingBytes = 16 << 10
 
 func (s *sqliteStore) close() error {
 	var errs []error

@@ -32,10 +32,11 @@ type stats struct {
 
 	acceptedTotal metric.Int64Counter
 	finishedTotal metric.Int64Counter
+	gauges        metric.Registration
 }
 
 // newStats registers the module's instruments; the store is asked for the
-// gauges whenever somebody reads them.
+// gauges whenever somebody reads them, until close.
 func newStats(meter metric.Meter, s store) (*stats, error) {
 	st := &stats{}
 	st.retryAfter.Store(1)
@@ -58,18 +59,25 @@ func newStats(meter metric.Meter, s store) (*stats, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, err = meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
+	st.gauges, err = meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
 		counts := s.counts()
 		for _, status := range contract.Statuses() {
 			o.ObserveInt64(byStatus, counts[status], metric.WithAttributes(attribute.String("status", string(status))))
 		}
 		o.ObserveInt64(backlog, backlogOf(counts))
 		age, err := oldestAge(ctx, s)
+		if err != nil {
+			return err
+		}
 		o.ObserveFloat64(oldest, age.Seconds())
-		return err
+		return nil
 	}, byStatus, backlog, oldest)
 	return st, err
 }
+
+// close ends the gauges, before the store that they ask: telemetry outlives
+// it, and collects once more at its own end. It waits for a reading under way.
+func (st *stats) close() error { return st.gauges.Unregister() }
 
 func (st *stats) accepted(n int64) {
 	st.acceptedRate.add(time.Now(), n)

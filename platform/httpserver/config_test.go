@@ -71,12 +71,13 @@ func TestValidate(t *testing.T) {
 		},
 		"all limits at once": {
 			func(c *httpserver.Config) {
-				c.ReadHeaderTimeout, c.ReadTimeout, c.IdleTimeout, c.ShutdownTimeout = 0, 0, -time.Second, 0
+				c.ReadHeaderTimeout, c.ReadTimeout, c.WriteTimeout, c.IdleTimeout, c.ShutdownTimeout = 0, 0, 0, -time.Second, 0
 				c.MaxHeader, c.MaxConnections = 10, -1
 			},
 			[]string{
 				"http.read_header_timeout: must be more than 0, is 0s",
 				"http.read_timeout: must be more than 0, is 0s",
+				"http.write_timeout: must be more than 0, is 0s",
 				"http.idle_timeout: must be more than 0, is -1s",
 				"http.shutdown_timeout: must be more than 0, is 0s",
 				"http.max_header: must be 1KiB to 1GiB, is 10B",

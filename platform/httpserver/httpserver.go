@@ -45,6 +45,10 @@ type Config struct {
 	// that it wants. Default 15s.
 	ReadTimeout time.Duration `koanf:"read_timeout"`
 
+	// WriteTimeout bounds the time that a client takes to receive the next 64KiB
+	// of an answer. It does not bound the whole answer. Default 30s.
+	WriteTimeout time.Duration `koanf:"write_timeout"`
+
 	// IdleTimeout is how long a kept-alive connection may wait for its next
 	// request. Default 60s.
 	IdleTimeout time.Duration `koanf:"idle_timeout"`
@@ -54,7 +58,9 @@ type Config struct {
 	MaxHeader units.Base2Bytes `koanf:"max_header"`
 
 	// MaxConnections bounds the open connections of one listener; more of them
-	// wait in the kernel until one closes. 0 means no limit. Default 20000.
+	// wait in the kernel until one closes. 0 means no limit. Where the process
+	// may not have so many files open, three quarters of those are the limit.
+	// Default 20000.
 	MaxConnections int `koanf:"max_connections"`
 
 	// ShutdownTimeout bounds the graceful stop of the whole process. Default 30s.
@@ -68,6 +74,7 @@ func DefaultConfig() Config {
 		AdminAddr:         "127.0.0.1:8081",
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       15 * time.Second,
+		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeader:         16 * units.KiB,
 		MaxConnections:    20_000,
@@ -108,6 +115,7 @@ func (c Config) Validate() error {
 	}{
 		{"http.read_header_timeout", c.ReadHeaderTimeout},
 		{"http.read_timeout", c.ReadTimeout},
+		{"http.write_timeout", c.WriteTimeout},
 		{"http.idle_timeout", c.IdleTimeout},
 		{"http.shutdown_timeout", c.ShutdownTimeout},
 	} {

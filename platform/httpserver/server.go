@@ -58,11 +58,16 @@ func Listen(name, addr string, cfg Config, h http.Handler, logger *slog.Logger) 
 	if err != nil {
 		return nil, listenError(name, addr, err)
 	}
-	if tcp, ok := listener.(*net.TCPListener); ok && cfg.MaxConnections > 0 {
-		listener = newLimitListener(tcp, cfg.MaxConnections)
+	logger = logger.With("server", name)
+	limit := connectionLimit(cfg.MaxConnections, fileLimit())
+	if limit < cfg.MaxConnections {
+		logger.Warn("fewer connections than http.max_connections: the process may not have so many files open (ulimit -n)",
+			"connections", limit, "wanted", cfg.MaxConnections)
+	}
+	if tcp, ok := listener.(*net.TCPListener); ok { // it is nothing else
+		listener = newLimitListener(tcp, limit, cfg.WriteTimeout)
 	}
 
-	logger = logger.With("server", name)
 	s := &Server{name: name, listener: listener, logger: logger, draining: make(chan struct{})}
 	// Requests outlive the signal that starts the shutdown, so their contexts
 	// have no parent; Shutdown ends them when its time is over.

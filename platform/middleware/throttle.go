@@ -3,11 +3,15 @@ package middleware
 import (
 	"container/list"
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 
 	"github.com/ThreeDotsLabs/watermill/message"
 )
+
+// ErrClosed is returned by Limiter.Acquire after Close.
+var ErrClosed = errors.New("limiter is closed")
 
 // Limiter bounds how many do something at once. Permits are given in the order
 // in which they were asked for. It is safe for concurrent use.
@@ -15,20 +19,22 @@ type Limiter struct {
 	mu       sync.Mutex
 	limit    int
 	inFlight int
-	waiters  list.List // of chan struct{}, first come first; closed when the permit is theirs
+	waiters  list.List     // of chan struct{}, first come first; closed when the permit is theirs
+	closed   chan struct{} // by Close
 }
 
 // NewLimiter returns a Limiter of n permits. With n of 0 or less nobody gets
 // one.
 func NewLimiter(n int) *Limiter {
-	return &Limiter{limit: max(n, 0)}
+	return &Limiter{limit: max(n, 0), closed: make(chan struct{})}
 }
 
-// Acquire takes a permit, and blocks until there is one or ctx ends. Then it
-// returns ctx's error and has taken none, also if ctx was over before. Each
-// permit must be given back by one Release.
+// Acquire takes a permit, and blocks until there is one, ctx ends or the Limiter
+// closes. In the last two cases it returns ctx's error or ErrClosed and has
+// taken none, also if that had happened before. Each permit must be given back
+// by one Release.
 func (l *Limiter) Acquire(ctx context.Context) error {
-	if err := ctx.Err(); err != nil {
+	if err := l.over(ctx); err != nil {
 		return err
 	}
 	l.mu.Lock()
@@ -46,6 +52,7 @@ func (l *Limiter) Acquire(ctx context.Context) error {
 	case <-granted:
 		return nil
 	case <-ctx.Done():
+	case <-l.closed:
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -56,7 +63,30 @@ func (l *Limiter) Acquire(ctx context.Context) error {
 	default:
 		l.waiters.Remove(waiter)
 	}
-	return ctx.Err()
+	return l.over(ctx)
+}
+
+// over says why no permit is to be had any more.
+func (l *Limiter) over(ctx context.Context) error {
+	select {
+	case <-l.closed:
+		return ErrClosed
+	default:
+		return ctx.Err()
+	}
+}
+
+// Close turns away all who wait for a permit and all who will come, with
+// ErrClosed. Permits that are taken stay taken until they are released. Closing
+// again does nothing.
+func (l *Limiter) Close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	select {
+	case <-l.closed:
+	default:
+		close(l.closed)
+	}
 }
 
 // Release gives a permit back. Without one to give back it does nothing.
@@ -106,8 +136,8 @@ func (l *Limiter) grant() {
 // Throttle lets at most as many handlers run at once as l has permits. A permit
 // is held only while the inner handler runs: what is further out, like
 // publishing, goes on without one, and what is further in, like a time limit,
-// starts after the wait. If the message's context ends during the wait, the
-// handler is not called and its error is returned.
+// starts after the wait. If the message's context ends during the wait, or the
+// Limiter is closed, the handler is not called and the error is returned.
 func Throttle(l *Limiter) message.HandlerMiddleware {
 	return func(h message.HandlerFunc) message.HandlerFunc {
 		return func(msg *message.Message) ([]*message.Message, error) {

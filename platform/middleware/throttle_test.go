@@ -116,7 +116,7 @@ func checkLimiterModel(t *rapid.T) {
 
 	for _, c := range waiting {
 		c.cancel()
-		<-c.result
+		_ = <-c.result // that of a cancelled wait
 	}
 	require.Equal(t, holding, limiter.InFlight())
 }
@@ -183,6 +183,24 @@ func TestLimiterGiveUpMayRaceWithTheGrant(t *testing.T) {
 		}
 		require.NotZero(t, granted)
 		require.NotZero(t, gaveUp)
+	})
+}
+
+func TestLimiterCloseTurnsAwayWhoeverHasNoPermit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		limiter := middleware.NewLimiter(1)
+		require.NoError(t, limiter.Acquire(t.Context()))
+		waiting := make(chan error, 1)
+		go func() { waiting <- limiter.Acquire(t.Context()) }()
+		synctest.Wait()
+		limiter.Close()
+		limiter.Close()
+		require.ErrorIs(t, <-waiting, middleware.ErrClosed)
+		require.ErrorIs(t, limiter.Acquire(t.Context()), middleware.ErrClosed)
+		require.Equal(t, 1, limiter.InFlight(), "who has a permit keeps it")
+		limiter.Release()
+		require.Zero(t, limiter.InFlight())
+		require.ErrorIs(t, limiter.Acquire(t.Context()), middleware.ErrClosed)
 	})
 }
 

@@ -132,13 +132,16 @@ func (s *Subscriber) Drain(ctx context.Context) error {
 	}
 
 	var reason error
+	idle := s.whenIdle()
 	select {
-	case <-s.whenIdle():
-		return nil
+	case <-idle:
 	case <-ctx.Done():
 		reason = ctx.Err()
 	case <-s.pubsub.closing:
 		reason = ErrClosed
+	}
+	if isClosed(idle) {
+		return nil // also if ctx was over from the beginning
 	}
 	return fmt.Errorf("drain %s: %d messages still in flight: %w", s.group, s.InFlight(), reason)
 }
