@@ -11,7 +11,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/spf13/cobra"
 
@@ -147,7 +146,7 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 	}
 	adminMux.HandleFunc("GET /admin/status", statusHandler(in, out, bus))
 
-	router, err := message.NewRouter(message.RouterConfig{CloseTimeout: routerCloseTimeout}, watermillLogger(logger))
+	router, err := message.NewRouter(message.RouterConfig{CloseTimeout: routerCloseTimeout}, pubsub.Logger(logger))
 	if err != nil {
 		return fmt.Errorf("set up the router: %w", err)
 	}
@@ -216,12 +215,6 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 	health.SetDraining()
 	logger.Info("stopping: no new orders, backend calls in flight finish", "in_flight", out.Stats().InFlight, "at_most", cfg.HTTP.ShutdownTimeout)
 	return err
-}
-
-// watermillLogger takes the router's log. What it says at level info is about
-// its own inner life.
-func watermillLogger(logger *slog.Logger) watermill.LoggerAdapter {
-	return watermill.NewSlogLoggerWithLevelMapping(logger.WithGroup("watermill"), map[slog.Level]slog.Level{slog.LevelInfo: slog.LevelDebug})
 }
 
 // routerCloseTimeout bounds Watermill's own close, which has nothing left to

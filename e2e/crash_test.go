@@ -43,8 +43,7 @@ func TestFiveKillsUnderLoadLoseNoOrderAndRepeatFewCalls(t *testing.T) {
 	b, dir := backend(t, "--latency", "50ms"), t.TempDir()
 	s := settings{"backend.url": b.ordersURL(), "http.addr": freePort(t), "dispatch.concurrency": strconv.Itoa(concurrency)}
 	g := serve(t, false, dir, s)
-	// Together 2,000 orders a second, where 1,280 can be saved: there is always
-	// a backlog and all permits are in use.
+	// Together up to 2,000 orders a second, where 1,280 can be saved.
 	c := g.submitSteadily(t, 16, 8*time.Millisecond)
 
 	told := 0 // repeats that have been printed
@@ -74,7 +73,6 @@ func TestFiveKillsUnderLoadLoseNoOrderAndRepeatFewCalls(t *testing.T) {
 	// arrive are there twice. Fewer would mean that the kills hit nothing.
 	require.NotZero(t, stats.Repeats)
 	require.Equal(t, len(promised), stats.Orders)
-	require.LessOrEqual(t, stats.MaxInFlight, 2*concurrency, "a new process and what the last one left behind")
 	require.Zero(t, g.terminate(t))
 }
 

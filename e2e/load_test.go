@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -186,12 +185,13 @@ func pourInto(ctx context.Context, addr string, next func() (int, bool)) (err er
 	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now()) })() // what fails by it has its error
 	defer func() { err = errors.Join(err, conn.Close()) }()
 	answers := bufio.NewReader(conn)
-	var request bytes.Buffer
+	// All requests are alike up to the digits of the order's number.
+	order := body("P-000000")
+	request := fmt.Appendf(nil, "POST /orders HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", addr, len(order), order)
+	digits := bytes.LastIndex(request, []byte("000000"))
 	for i, ok := next(); ok; i, ok = next() {
-		order := body(fmt.Sprintf("P-%d", i))
-		request.Reset()
-		fmt.Fprintf(&request, "POST /orders HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", addr, len(order), order)
-		if _, err := conn.Write(request.Bytes()); err != nil {
+		copy(request[digits:], fmt.Sprintf("%06d", i))
+		if _, err := conn.Write(request); err != nil {
 			return fmt.Errorf("order P-%d: %w", i, err)
 		}
 		if err := skipAccepted(answers); err != nil {
@@ -225,7 +225,7 @@ func skipAccepted(r *bufio.Reader) error {
 	if length < 0 {
 		return errors.New("answered without Content-Length")
 	}
-	_, err := io.CopyN(io.Discard, r, int64(length))
+	_, err := r.Discard(length)
 	return err
 }
 

@@ -18,6 +18,7 @@ import (
 	"go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/metric/noop"
 	"go.opentelemetry.io/otel/propagation"
 	semconv "go.opentelemetry.io/otel/semconv/v1.43.0"
 	"go.opentelemetry.io/otel/trace"
@@ -113,7 +114,9 @@ func NewClient(cfg BackendConfig, dispatch Config, deps Deps) (*Client, error) {
 	c.url = u
 	c.transport = otelhttp.NewTransport(hideQuery{base},
 		otelhttp.WithTracerProvider(deps.TracerProvider),
-		otelhttp.WithMeterProvider(deps.MeterProvider),
+		// Attempts are measured by sluice.dispatch.attempt.duration; a second
+		// histogram of the same calls would only cost.
+		otelhttp.WithMeterProvider(noop.NewMeterProvider()),
 		otelhttp.WithPropagators(deps.Propagator),
 		otelhttp.WithSpanNameFormatter(func(_ string, r *http.Request) string { return r.Method }),
 	)

@@ -21,9 +21,10 @@ import (
 	"sluice/platform/httpserver"
 )
 
-// handle adds one traced route. The server span is named after the pattern.
+// handle adds one traced route. The server span is named after the pattern. A
+// panic is answered within it, so that its log line has the trace's id.
 func (m *Module) handle(mux *http.ServeMux, pattern string, h http.HandlerFunc) {
-	mux.Handle(pattern, otelhttp.NewHandler(h, pattern,
+	mux.Handle(pattern, otelhttp.NewHandler(httpserver.Handler(h, m.logger), pattern,
 		otelhttp.WithTracerProvider(m.deps.TracerProvider),
 		otelhttp.WithMeterProvider(m.deps.MeterProvider),
 		otelhttp.WithPropagators(m.deps.Propagator)))

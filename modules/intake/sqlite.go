@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"iter"
 	"log/slog"
 	"maps"
 	"strings"
@@ -28,11 +29,13 @@ type sqliteStore struct {
 	db     *database.SQLite
 	logger *slog.Logger
 
-	insertMany *sql.Stmt // insertRows orders in one statement
+	insertMany *sql.Stmt // manyRows orders in one statement
 	insertOne  *sql.Stmt
 	updateOne  *sql.Stmt
+	markMany   *sql.Stmt
 	markOne    *sql.Stmt
-	selectOne  *sql.Stmt // on the writing connection, inside of a transaction
+	selectMany *sql.Stmt // on the writing connection, inside of a transaction
+	selectOne  *sql.Stmt
 	readOne    *sql.Stmt
 	readDue    *sql.Stmt
 	countBy    *sql.Stmt
@@ -41,9 +44,12 @@ type sqliteStore struct {
 	count map[contract.Status]int64
 }
 
-// insertRows is how many orders one statement inserts when there are as many:
-// the driver's cost per statement is then shared.
-const insertRows = 32
+// manyRows is how many orders one statement inserts, marks or reads when there
+// are as many: the driver's cost per statement is then shared.
+const manyRows = 32
+
+// manyIDs are the placeholders of as many ids.
+var manyIDs = strings.Repeat("?,", manyRows-1) + "?"
 
 const (
 	orderColumns = `id, owner, number, released, idempotency_key, status, attempts, attempt_base, direct,
@@ -56,7 +62,7 @@ const (
 	updateOrder = `UPDATE orders SET released=?, status=?, attempts=?, attempt_base=?, direct=?, updated_at=?, finished_at=?,
 		publish_at=?, backend_status=?, backend_type=?, backend_body=?, problem=?, history=? WHERE id=?`
 	// A mark also ends the protection of an order whose direct call died.
-	markOrder = `UPDATE orders SET publish_at=NULL, direct=0 WHERE id=? AND attempts=? AND (status='dead')=?`
+	markOrder = `UPDATE orders SET publish_at=NULL, direct=0 WHERE attempts=? AND (status='dead')=? AND id IN `
 )
 
 func openSQLiteStore(ctx context.Context, path string, logger *slog.Logger) (*sqliteStore, error) {
@@ -81,10 +87,12 @@ func (s *sqliteStore) prepare(ctx context.Context) error {
 		db   *sql.DB
 		text string
 	}{
-		{&s.insertMany, s.db.Write, insertOrder + strings.Repeat(insertRow+",", insertRows-1) + insertRow + insertGuard},
+		{&s.insertMany, s.db.Write, insertOrder + strings.Repeat(insertRow+",", manyRows-1) + insertRow + insertGuard},
 		{&s.insertOne, s.db.Write, insertOrder + insertRow + insertGuard},
 		{&s.updateOne, s.db.Write, updateOrder},
-		{&s.markOne, s.db.Write, markOrder},
+		{&s.markMany, s.db.Write, markOrder + "(" + manyIDs + ")"},
+		{&s.markOne, s.db.Write, markOrder + "(?)"},
+		{&s.selectMany, s.db.Write, selectOrder + "WHERE id IN (" + manyIDs + ")"},
 		{&s.selectOne, s.db.Write, selectOrder + `WHERE id=?`},
 		{&s.countBy, s.db.Write, `INSERT INTO order_counts (status, n) VALUES (?, ?) ON CONFLICT (status) DO UPDATE SET n = n + excluded.n`},
 		{&s.readOne, s.db.Read, selectOrder + `WHERE id=?`},
@@ -159,35 +167,37 @@ type sqliteWrite struct {
 }
 
 func (w *sqliteWrite) all(ctx context.Context, changes []*change) error {
-	var inserts []*change
+	var inserts, updates []*change
+	marks := map[mark][]any{} // ids, by what else their marks say
 	for _, c := range changes {
 		c.found, c.changed = nil, false
-		if c.insert != nil {
+		switch {
+		case c.insert != nil:
 			inserts = append(inserts, c)
+		case c.update != nil:
+			updates = append(updates, c)
+		}
+		for _, m := range c.marks {
+			id := m.id
+			m.id = uuid.Nil
+			marks[m] = append(marks[m], id[:])
 		}
 	}
-	for len(inserts) > 0 {
-		n := 1
-		if len(inserts) >= insertRows {
-			n = insertRows
-		}
-		if err := w.insert(ctx, inserts[:n]); err != nil {
+	for chunk := range chunks(inserts) {
+		if err := w.insert(ctx, chunk); err != nil {
 			return err
 		}
-		inserts = inserts[n:]
 	}
-	for _, c := range changes {
-		for _, m := range c.marks {
-			if _, err := w.tx.StmtContext(ctx, w.store.markOne).ExecContext(ctx, m.id[:], m.attempts, m.dead); err != nil {
-				return fmt.Errorf("mark order %s as published: %w", m.id, err)
+	for m, ids := range marks {
+		for chunk := range chunks(ids) {
+			if err := w.mark(ctx, m, chunk); err != nil {
+				return fmt.Errorf("mark %d orders as published: %w", len(chunk), err)
 			}
 		}
 	}
-	for _, c := range changes {
-		if c.update != nil {
-			if err := w.update(ctx, c); err != nil {
-				return fmt.Errorf("update order %s: %w", c.id, err)
-			}
+	for chunk := range chunks(updates) {
+		if err := w.update(ctx, chunk); err != nil {
+			return fmt.Errorf("update %d orders: %w", len(chunk), err)
 		}
 	}
 	for status, n := range w.delta {
@@ -198,18 +208,44 @@ func (w *sqliteWrite) all(ctx context.Context, changes []*change) error {
 	return nil
 }
 
-// insert adds one or insertRows orders. Those whose number or key is taken are
+// chunks cuts all into pieces of manyRows, and the rest into single ones, since
+// there are statements for these two sizes.
+func chunks[T any](all []T) iter.Seq[[]T] {
+	return func(yield func([]T) bool) {
+		for len(all) > 0 {
+			n := 1
+			if len(all) >= manyRows {
+				n = manyRows
+			}
+			if !yield(all[:n]) {
+				return
+			}
+			all = all[n:]
+		}
+	}
+}
+
+// sized picks the statement for a chunk.
+func (w *sqliteWrite) sized(ctx context.Context, n int, one, many *sql.Stmt) *sql.Stmt {
+	if n > 1 {
+		one = many
+	}
+	return w.tx.StmtContext(ctx, one)
+}
+
+func (w *sqliteWrite) mark(ctx context.Context, m mark, ids []any) error {
+	_, err := w.sized(ctx, len(ids), w.store.markOne, w.store.markMany).ExecContext(ctx, append([]any{m.attempts, m.dead}, ids...)...)
+	return err
+}
+
+// insert adds one or manyRows orders. Those whose number or key is taken are
 // left out by the database, and then looked for.
 func (w *sqliteWrite) insert(ctx context.Context, changes []*change) error {
-	stmt := w.store.insertOne
-	if len(changes) > 1 {
-		stmt = w.store.insertMany
-	}
 	args := make([]any, 0, 24*len(changes))
 	for _, c := range changes {
 		args = appendOrder(args, c.insert)
 	}
-	res, err := w.tx.StmtContext(ctx, stmt).ExecContext(ctx, args...)
+	res, err := w.sized(ctx, len(changes), w.store.insertOne, w.store.insertMany).ExecContext(ctx, args...)
 	if err != nil {
 		return fmt.Errorf("insert %d orders: %w", len(changes), err)
 	}
@@ -276,32 +312,63 @@ func (w *sqliteWrite) find(ctx context.Context, where string, args ...any) (*ord
 	return o, err
 }
 
-func (w *sqliteWrite) update(ctx context.Context, c *change) error {
-	o, err := scanOrder(w.tx.StmtContext(ctx, w.store.selectOne).QueryRowContext(ctx, c.id[:]))
-	if errors.Is(err, sql.ErrNoRows) {
-		return nil
-	}
+// update reads the orders of one or manyRows changes, and lets each change its
+// order. The same order can be there more than once: the next change sees what
+// the last one made of it.
+func (w *sqliteWrite) update(ctx context.Context, changes []*change) error {
+	orders, err := w.load(ctx, changes)
 	if err != nil {
 		return err
 	}
-	before := o.Status
-	switch c.update(o) {
-	case leave:
-	case save:
-		c.changed = true
-		w.delta[before]--
-		w.delta[o.Status]++
-		if err := w.put(ctx, o); err != nil {
-			return err
+	for _, c := range changes {
+		o := orders[c.id]
+		if o == nil {
+			continue
 		}
-	case remove:
-		c.changed = true
-		w.delta[before]--
-		_, err := w.tx.ExecContext(ctx, `DELETE FROM orders WHERE id=?`, c.id[:])
-		return err
+		before := o.Status
+		switch c.update(o) {
+		case leave:
+		case save:
+			c.changed = true
+			w.delta[before]--
+			w.delta[o.Status]++
+			if err := w.put(ctx, o); err != nil {
+				return err
+			}
+		case remove:
+			c.changed = true
+			w.delta[before]--
+			if _, err := w.tx.ExecContext(ctx, `DELETE FROM orders WHERE id=?`, c.id[:]); err != nil {
+				return err
+			}
+			delete(orders, c.id)
+			continue
+		}
+		found := *o
+		c.found = &found
 	}
-	c.found = o
 	return nil
+}
+
+func (w *sqliteWrite) load(ctx context.Context, changes []*change) (map[uuid.UUID]*order, error) {
+	ids := make([]any, 0, len(changes))
+	for _, c := range changes {
+		ids = append(ids, c.id[:])
+	}
+	rows, err := w.sized(ctx, len(ids), w.store.selectOne, w.store.selectMany).QueryContext(ctx, ids...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	orders := make(map[uuid.UUID]*order, len(changes))
+	for rows.Next() {
+		o, err := scanOrder(rows)
+		if err != nil {
+			return nil, err
+		}
+		orders[o.ID] = o
+	}
+	return orders, rows.Err()
 }
 
 func (w *sqliteWrite) put(ctx context.Context, o *order) error {
@@ -533,7 +600,7 @@ const pingBytes = 16 << 10
 
 func (s *sqliteStore) close() error {
 	var errs []error
-	for _, stmt := range []*sql.Stmt{s.insertMany, s.insertOne, s.updateOne, s.markOne, s.selectOne, s.countBy, s.readOne, s.readDue} {
+	for _, stmt := range []*sql.Stmt{s.insertMany, s.insertOne, s.updateOne, s.markMany, s.markOne, s.selectMany, s.selectOne, s.countBy, s.readOne, s.readDue} {
 		if stmt != nil {
 			errs = append(errs, stmt.Close())
 		}

@@ -126,7 +126,7 @@ var storeSuite = map[string]func(*testing.T, store){
 	},
 	"inserts large groups with duplicates in the middle": func(t *testing.T, s store) {
 		var changes []*change
-		for i := range 3*insertRows + 5 {
+		for i := range 3*manyRows + 5 {
 			changes = append(changes, &change{insert: testOrder(fmt.Sprintf("A-%d", i/2))}) // each number twice
 		}
 		writeAll(t, s, changes...)
@@ -209,6 +209,38 @@ var storeSuite = map[string]func(*testing.T, store){
 		require.Nil(t, c.found)
 		require.False(t, c.changed)
 		require.Equal(t, map[contract.Status]int64{contract.StatusAccepted: 1}, nonZero(s.counts()))
+	},
+	"makes many changes of many orders in one group, in the order given": func(t *testing.T, s store) {
+		const n = 2*manyRows + 3
+		var orders []*order
+		var changes []*change
+		for i := range n {
+			o := testOrder(fmt.Sprintf("A-%d", i))
+			o.Attempts = i % 2
+			orders = append(orders, o)
+			changes = append(changes, &change{insert: o})
+		}
+		count := func(o *order) verdict { o.Attempts++; return save }
+		for _, o := range orders {
+			changes = append(changes, &change{marks: []mark{{id: o.ID}}}, &change{id: o.ID, update: count}, &change{id: o.ID, update: count})
+		}
+		last := orders[n-1]
+		changes = append(changes,
+			&change{id: last.ID, update: func(*order) verdict { return remove }}, &change{id: last.ID, update: count}, &change{id: newTestID(), update: count})
+		writeAll(t, s, changes...)
+		for i, o := range orders[:n-1] {
+			got, err := s.get(t.Context(), o.ID)
+			require.NoError(t, err)
+			require.Equal(t, i%2+2, got.Attempts)
+			require.Equal(t, i%2 == 0, got.PublishAt.IsZero(), "marked for no attempts")
+		}
+		for _, c := range changes[len(changes)-2:] {
+			require.Nil(t, c.found)
+			require.False(t, c.changed)
+		}
+		_, err := s.get(t.Context(), last.ID)
+		require.ErrorIs(t, err, errNotFound)
+		require.Equal(t, int64(n-1), s.counts()[contract.StatusAccepted])
 	},
 	"hands out what is due, longest due first, with bodies": func(t *testing.T, s store) {
 		a, b, c, d := testOrder("A"), testOrder("B"), testOrder("C"), testOrder("D")
@@ -398,15 +430,19 @@ func testOrder(number string) *order {
 		Number: number, Status: contract.StatusAccepted, ContentType: "application/json",
 		Body: []byte(`{"orderNumber":"` + number + `"}`), AcceptedAt: at, UpdatedAt: at, PublishAt: at,
 	}
-	id, err := newID()
-	if err != nil {
-		panic(err)
-	}
-	o.ID = id
+	o.ID = newTestID()
 	copy(o.ID[:], idAt(at)[:6])
 	o.Size = len(o.Body)
 	o.Hash[0] = byte(testOrders.n)
 	return o
+}
+
+func newTestID() uuid.UUID {
+	id, err := newID()
+	if err != nil {
+		panic(err)
+	}
+	return id
 }
 
 func writeAll(t *testing.T, s store, changes ...*change) {

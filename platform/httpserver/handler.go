@@ -10,8 +10,8 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// Handler serves mux, with problem documents for what net/http would answer as
-// plain text: 404 and 405 (with Allow) of the router, and 500 for a panic, which
+// Handler serves next, with problem documents for what net/http would answer as
+// plain text: 404 and 405 (with Allow) of a mux, and 500 for a panic, which
 // is logged with its stack and shown to nobody. A panic after the header was
 // sent aborts the connection, so that the client does not take half an answer
 // for a whole one. http.ErrAbortHandler passes through.
@@ -19,11 +19,14 @@ import (
 // The ResponseWriter that handlers get can be flushed, and unwrapped by
 // [http.ResponseController]. The request is handed on as it is: what the mux
 // notes in it (Pattern, path values) is seen by whoever wraps this handler.
-func Handler(mux *http.ServeMux, logger *slog.Logger) http.Handler {
+//
+// A route that is traced by itself has a Handler of its own inside the span,
+// where a panic still has a trace id.
+func Handler(next http.Handler, logger *slog.Logger) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		answer := &response{ResponseWriter: w, request: r}
 		defer answer.recover(logger)
-		mux.ServeHTTP(answer, r)
+		next.ServeHTTP(answer, r)
 	})
 }
 

@@ -45,8 +45,8 @@ type Config struct {
 	// that it wants. Default 15s.
 	ReadTimeout time.Duration `koanf:"read_timeout"`
 
-	// WriteTimeout bounds the time that a client takes to receive the next 64KiB
-	// of an answer. It does not bound the whole answer. Default 30s.
+	// WriteTimeout is how long a client may keep an answer from going on by not
+	// reading it. It does not bound the whole answer. Default 30s.
 	WriteTimeout time.Duration `koanf:"write_timeout"`
 
 	// IdleTimeout is how long a kept-alive connection may wait for its next

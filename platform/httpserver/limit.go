@@ -31,7 +31,7 @@ type limitListener struct {
 }
 
 // newLimitListener returns a listener with that many connections at most, 0 for
-// no limit, each of which has to take in every writePiece within writeTimeout.
+// no limit, which are cut off when they take in nothing for writeTimeout.
 func newLimitListener(listener *net.TCPListener, limit int, writeTimeout time.Duration) *limitListener {
 	l := &limitListener{TCPListener: listener, writeTimeout: writeTimeout, closed: make(chan struct{})}
 	if limit > 0 {
@@ -73,8 +73,10 @@ type limitedConn struct {
 	release      func() // gives the permit back; idempotent
 }
 
-// writePiece is how much of an answer a client has to take in within the
-// timeout: a whole answer may be of any size, or a stream without an end.
+// writePiece is how much of an answer is to go out within the timeout: a whole
+// answer may be of any size, or a stream without an end. (The kernel lets a
+// writer go on when a third of its buffer is free, so a reader is to be a little
+// faster than this.)
 const writePiece = 64 << 10
 
 // Write gives up on a client that does not read. net/http's own WriteTimeout

@@ -61,7 +61,7 @@ func Listen(name, addr string, cfg Config, h http.Handler, logger *slog.Logger) 
 	logger = logger.With("server", name)
 	limit := connectionLimit(cfg.MaxConnections, fileLimit())
 	if limit < cfg.MaxConnections {
-		logger.Warn("fewer connections than http.max_connections: the process may not have so many files open (ulimit -n)",
+		logger.Info("fewer connections than http.max_connections: the process may not have so many files open (ulimit -n)",
 			"connections", limit, "wanted", cfg.MaxConnections)
 	}
 	if tcp, ok := listener.(*net.TCPListener); ok { // it is nothing else

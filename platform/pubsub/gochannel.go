@@ -9,7 +9,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/ThreeDotsLabs/watermill/pubsub/gochannel"
 )
@@ -55,15 +54,11 @@ type goChannel struct {
 }
 
 func openGoChannel(closing <-chan struct{}, logger *slog.Logger) *goChannel {
-	// What the library says at level info, it says for each message.
-	adapter := watermill.NewSlogLoggerWithLevelMapping(logger, map[slog.Level]slog.Level{
-		slog.LevelInfo: slog.LevelDebug,
-	})
 	return &goChannel{
 		// No buffer: a message in it would be taken, but in nobody's slot. Not
 		// BlockPublishUntilSubscriberAck: it holds a lock of the topic while
 		// it waits, so that one message at a time would be on its way.
-		library: gochannel.NewGoChannel(gochannel.Config{}, adapter),
+		library: gochannel.NewGoChannel(gochannel.Config{}, Logger(logger)),
 		closing: closing,
 		topics:  make(map[string]map[string]*goSource),
 	}
