@@ -15,12 +15,9 @@ import (
 	"strings"
 	"time"
 
-	"go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
-	"go.opentelemetry.io/otel/metric/noop"
 	"go.opentelemetry.io/otel/propagation"
-	semconv "go.opentelemetry.io/otel/semconv/v1.43.0"
 	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/net/http/httpguts"
 
@@ -76,9 +73,11 @@ type Client struct {
 	timeout     time.Duration
 	maxResponse int64
 
-	base      *http.Transport
-	transport http.RoundTripper // base with tracing and metrics
-	durations metric.Float64Histogram
+	transport  *http.Transport
+	tracer     trace.Tracer
+	span       []trace.SpanStartOption // of every call
+	propagator propagation.TextMapPropagator
+	durations  metric.Float64Histogram
 }
 
 // NewClient makes a client; it does not dial. Its errors are faults of the
@@ -99,27 +98,21 @@ func NewClient(cfg BackendConfig, dispatch Config, deps Deps) (*Client, error) {
 		return nil, fmt.Errorf("create histogram of attempts: %w", err)
 	}
 
-	base := newTransport(cfg.Timeout, dispatch.Concurrency+directRoom)
 	c := &Client{
 		header:      backendHeader(cfg.Headers, u.User),
 		address:     address(u),
 		timeout:     cfg.Timeout,
 		maxResponse: int64(dispatch.MaxResponse),
-		base:        base,
+		transport:   newTransport(cfg.Timeout, dispatch.Concurrency+directRoom),
+		tracer:      deps.TracerProvider.Tracer(scope),
+		span:        spanOptions(u),
+		propagator:  deps.Propagator,
 		durations:   durations,
 	}
 	c.host = c.header.Get("Host") // which net/http takes from Request.Host alone
 	u.User = nil
 	u.Fragment, u.RawFragment = "", ""
 	c.url = u
-	c.transport = otelhttp.NewTransport(hideQuery{base},
-		otelhttp.WithTracerProvider(deps.TracerProvider),
-		// Attempts are measured by sluice.dispatch.attempt.duration; a second
-		// histogram of the same calls would only cost.
-		otelhttp.WithMeterProvider(noop.NewMeterProvider()),
-		otelhttp.WithPropagators(deps.Propagator),
-		otelhttp.WithSpanNameFormatter(func(_ string, r *http.Request) string { return r.Method }),
-	)
 	return c, nil
 }
 
@@ -166,7 +159,7 @@ func address(u *url.URL) string {
 }
 
 // Close closes the connections that are idle. Attempts that still run finish.
-func (c *Client) Close() { c.base.CloseIdleConnections() }
+func (c *Client) Close() { c.transport.CloseIdleConnections() }
 
 // Attempt makes one attempt at saving the order and says what became of it. It
 // blocks until the answer is read, at most backend.timeout. At most one request
@@ -214,9 +207,11 @@ func result(name string) metric.RecordOption {
 
 // call sends the order and reads the answer. Its error means that the caller's
 // context ended.
-func (c *Client) call(ctx context.Context, order contract.Submitted) (answer, error) {
+func (c *Client) call(ctx context.Context, order contract.Submitted) (a answer, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.timeout, errTimeout)
 	defer cancel()
+	ctx, span := c.tracer.Start(ctx, http.MethodPost, c.span...)
+	defer func() { endSpan(span, a, err) }()
 
 	// The transport is called without an http.Client around it: there is no
 	// redirect to follow, no cookie to keep, and no error that quotes the URL.
@@ -226,7 +221,7 @@ func (c *Client) call(ctx context.Context, order contract.Submitted) (answer, er
 	}
 	defer func() { _ = resp.Body.Close() }() // what was to be read is read
 
-	a := answer{status: resp.StatusCode, retryAfter: retryAfter(resp.Header, time.Now())}
+	a = answer{status: resp.StatusCode, retryAfter: retryAfter(resp.Header, time.Now())}
 	if contentType := resp.Header.Get("Content-Type"); len(contentType) <= maxContentType {
 		a.contentType = contentType
 	}
@@ -270,6 +265,7 @@ func (c *Client) request(ctx context.Context, order contract.Submitted) *http.Re
 	if number := headerSafe(order.OrderNumber); number != "" && len(number) <= maxOrderNumber {
 		header.Set("X-Order-Number", number)
 	}
+	c.propagator.Inject(ctx, propagation.HeaderCarrier(header))
 	// net/http takes an Idempotency-Key for leave to send a POST again, unseen,
 	// when a reused connection dies under it (shouldRetryRequest in its
 	// transport.go). The backend would see a repeat that nobody counts, after
@@ -325,17 +321,4 @@ func readAtMost(body io.Reader, limit int64) ([]byte, bool, error) {
 func drain(body io.Reader, cancel context.CancelFunc) {
 	defer time.AfterFunc(drainTime, cancel).Stop()
 	_, _ = io.CopyN(io.Discard, body, drainLimit)
-}
-
-// hideQuery sits inside otelhttp's transport, which removes the user from
-// url.full of the client span but leaves the query, where tokens travel too.
-type hideQuery struct{ next http.RoundTripper }
-
-func (h hideQuery) RoundTrip(r *http.Request) (*http.Response, error) {
-	if span := trace.SpanFromContext(r.Context()); r.URL.RawQuery != "" && span.IsRecording() {
-		u := *r.URL
-		u.RawQuery = "REDACTED"
-		span.SetAttributes(semconv.URLFull(u.String()))
-	}
-	return h.next.RoundTrip(r)
 }

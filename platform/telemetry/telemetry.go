@@ -52,8 +52,9 @@ type Telemetry struct {
 // OTEL_EXPORTER_OTLP_TRACES_ENDPOINT says so, metrics are pushed if
 // OTEL_METRICS_EXPORTER, OTEL_EXPORTER_OTLP_ENDPOINT or
 // OTEL_EXPORTER_OTLP_METRICS_ENDPOINT does, and neither with
-// OTEL_SDK_DISABLED=true. Without a trace exporter, spans still have valid ids
-// that are handed on to the backend, and cost next to nothing. A variable with a
+// OTEL_SDK_DISABLED=true. Without a trace exporter no spans are made, but a
+// trace that comes in is handed on to the backend, and one begins where none
+// came; that costs next to nothing. A variable with a
 // value that autoexport does not know is an error that names it.
 //
 // The troubles of OpenTelemetry itself (a collector that does not answer) are
@@ -104,19 +105,16 @@ func (t *Telemetry) Shutdown(ctx context.Context) error {
 }
 
 func (t *Telemetry) startTraces(ctx context.Context, res *resource.Resource) error {
-	options := []sdktrace.TracerProviderOption{sdktrace.WithResource(res)}
-	if exporting("TRACES") {
-		exporter, err := autoexport.NewSpanExporter(ctx)
-		if err != nil {
-			return fmt.Errorf("trace exporter of %s: %w", settings("TRACES"), err)
-		}
-		// The sampler is that of OTEL_TRACES_SAMPLER.
-		options = append(options, sdktrace.WithBatcher(exporter))
-	} else {
-		// A caller who samples goes on to be obeyed: the flag is handed on.
-		options = append(options, sdktrace.WithSampler(sdktrace.ParentBased(sdktrace.NeverSample())))
+	if !exporting("TRACES") {
+		t.TracerProvider = passthrough{}
+		return nil
 	}
-	provider := sdktrace.NewTracerProvider(options...)
+	exporter, err := autoexport.NewSpanExporter(ctx)
+	if err != nil {
+		return fmt.Errorf("trace exporter of %s: %w", settings("TRACES"), err)
+	}
+	// The sampler is that of OTEL_TRACES_SAMPLER.
+	provider := sdktrace.NewTracerProvider(sdktrace.WithResource(res), sdktrace.WithBatcher(exporter))
 	t.TracerProvider = provider
 	t.shutdowns = append(t.shutdowns, named("flush traces", provider.Shutdown))
 	return nil

@@ -51,14 +51,14 @@ func TestWithoutVariables(t *testing.T) {
 		defer span.End()
 		out := propagation.MapCarrier{}
 		tel.Propagator.Inject(ctx, out)
-		require.Equal(t, "00-4bf92f3577b34da6a3ce929d0e0e4736-"+span.SpanContext().SpanID().String()+"-01", out["traceparent"])
+		require.Equal(t, in["traceparent"], out["traceparent"], "with no span of ours between, which nobody would find")
 		require.Equal(t, "vendor=1", out["tracestate"])
 		require.Equal(t, "tenant=7", out["baggage"])
 	})
 
 	t.Run("the providers are not global", func(t *testing.T) {
 		require.Same(t, provider, otel.GetTracerProvider())
-		require.NotSame(t, tel.TracerProvider, otel.GetTracerProvider())
+		require.NotEqual(t, tel.TracerProvider, otel.GetTracerProvider())
 	})
 }
 
