@@ -50,10 +50,21 @@ func serveCommand() *cobra.Command {
 	return cmd
 }
 
-// inFlightMargin is how many more messages than permits dispatch takes from
-// the broker: those whose attempt is over and whose outcome is being stored.
-// A slot of the backend is then never empty while an outcome is committed.
-func inFlightMargin(concurrency int) int { return max(64, concurrency/2) }
+// ordersInFlight is how many messages dispatch takes from the broker: one for
+// each permit, and a margin of those whose attempt is over and whose outcome is
+// being stored. No permit is then idle while an outcome is committed.
+func ordersInFlight(concurrency int) int { return concurrency + max(64, concurrency/2) }
+
+// window is how many orders the relay keeps published and unfinished where the
+// broker sets a limit: no more than that, and no more than keeps dispatch busy
+// until the relay comes round again. Each one in Go channels has two goroutines,
+// which the garbage collector looks through every time.
+func window(limit, inFlight int) int {
+	if limit == 0 {
+		return 0
+	}
+	return min(limit, max(1024, 4*inFlight))
+}
 
 // outcomesInFlight is how many outcomes are taken over at once. They share
 // transactions, so more of them make larger groups, not more work.
@@ -127,7 +138,7 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 		Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator,
 		Direct: client, DirectTimeout: cfg.Backend.Timeout,
 		Bus: intake.Bus{Publisher: traced(bus.Publisher()), Subscriber: outcomes, Poison: traced(bus.Publisher()),
-			Window: bus.Window(), Durable: bus.Durable(), System: bus.Name(), Redelivered: pubsub.Redelivered},
+			Window: window(bus.Window(), ordersInFlight(cfg.Dispatch.Concurrency)), Durable: bus.Durable(), System: bus.Name(), Redelivered: pubsub.Redelivered},
 	})
 	if err != nil {
 		return err
@@ -137,7 +148,7 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 	in.Routes(mux)
 	in.AdminRoutes(adminMux)
 
-	orders := bus.Subscriber(contract.GroupDispatch, cfg.Dispatch.Concurrency+inFlightMargin(cfg.Dispatch.Concurrency))
+	orders := bus.Subscriber(contract.GroupDispatch, ordersInFlight(cfg.Dispatch.Concurrency))
 	out, err := dispatch.New(cfg.Dispatch.Config, cfg.Backend, client, dispatch.Bus{
 		Subscriber: orders, Outcomes: traced(bus.Confirmed()), Poison: traced(bus.Publisher()), System: bus.Name(), Redelivered: pubsub.Redelivered,
 	}, dispatch.Deps{Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator})

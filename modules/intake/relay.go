@@ -157,7 +157,7 @@ func (r *relay) publish(ctx context.Context, o *order) error {
 }
 
 // room returns how many orders and bytes the next turn may take. When a window
-// is nearly full it waits for a tenth of it to be free, since the consumers
+// is nearly full it waits for a quarter of it to be free, since the consumers
 // have plenty to do and small turns cost as much as large ones.
 func (r *relay) room() (limit, size int) {
 	if r.window == 0 {
@@ -166,7 +166,7 @@ func (r *relay) room() (limit, size int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	free := r.window - len(r.inFlight)
-	if free < max(1, r.window/10) || (r.bytes >= windowBytes && len(r.inFlight) > 0) {
+	if free < max(1, r.window/4) || (r.bytes >= windowBytes && len(r.inFlight) > 0) {
 		return 0, 0
 	}
 	return min(free, relayBatch), min(relayBytes, windowBytes-r.bytes)
