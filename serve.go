@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -81,6 +82,7 @@ type startTelemetry func(ctx context.Context, version string, logger *slog.Logge
 // closed. ready, if not nil, is called with both addresses once the gateway
 // takes orders.
 func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start startTelemetry, ready func(public, admin string)) (err error) {
+	paceCollector()
 	// What is opened is closed in reverse order, whatever happened.
 	var closers closers
 	stopping := func() (context.Context, context.CancelFunc) {
@@ -286,6 +288,18 @@ func redacted(text string) string {
 		return "<unreadable>"
 	}
 	return u.Redacted()
+}
+
+// paceCollector lets garbage pile up to four times what is in use, instead of
+// as much as is in use: little is, and every order is much garbage, so that the
+// collector would run many times a second for a few MiB. Near a GiB it becomes
+// thrifty again. GOGC and GOMEMLIMIT, if set, count and not this.
+func paceCollector() {
+	if os.Getenv("GOGC") != "" || os.Getenv("GOMEMLIMIT") != "" {
+		return
+	}
+	debug.SetGCPercent(400)
+	debug.SetMemoryLimit(1 << 30)
 }
 
 // loadConfig reads the configuration of a command that has config.AddFlags.

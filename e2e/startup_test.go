@@ -22,7 +22,7 @@ func command(t testing.TB, env []string, args ...string) (code int, stdout, stde
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, binary(t, true), args...)
+	cmd := exec.CommandContext(ctx, binary(t, false), args...)
 	cmd.Env = append(os.Environ(), env...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
@@ -54,7 +54,7 @@ func failsToStart(t testing.TB, s settings) string {
 func TestAGatewayThatCannotStartSaysWhyInOneLine(t *testing.T) {
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
-	defer taken.Close()
+	defer func() { _ = taken.Close() }() // it did its work
 	addr := taken.Addr().String()
 	for _, key := range []string{"http.addr", "http.admin_addr"} {
 		t.Run("a port in use for "+key, func(t *testing.T) {

@@ -238,6 +238,7 @@ func TestOneTraceFromTheClientToTheBackend(t *testing.T) {
 	require.NotEqual(t, clientTrace, retried.TraceID)
 	require.Equal(t, retried.TraceID, g.await(t, retried.ID, "saved").TraceID)
 	require.Zero(t, g.terminate(t))
+	require.NotContains(t, g.log(), "the last traces or metrics are lost")
 
 	const attempt = `  one: producer publish orders.submitted
     one: consumer process orders.submitted

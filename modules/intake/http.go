@@ -447,7 +447,7 @@ func resourceOf(o *order) resource {
 		at := timestamp(o.FinishedAt)
 		res.FinishedAt = &at
 	}
-	if o.Status == contract.StatusRetrying && !o.PublishAt.IsZero() {
+	if o.Status == contract.StatusRetrying && o.PublishAt.After(time.Now()) {
 		at := timestamp(o.PublishAt)
 		res.NextAttemptAt = &at
 	}

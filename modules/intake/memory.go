@@ -3,6 +3,7 @@ package intake
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"maps"
 	"slices"
 	"sync"
@@ -197,7 +198,7 @@ func (s *memoryStore) list(_ context.Context, q query) ([]*order, error) {
 	return found, nil
 }
 
-func (s *memoryStore) due(_ context.Context, now time.Time, limit, size int) ([]*order, error) {
+func (s *memoryStore) due(_ context.Context, now time.Time, limit, size int, skip func(uuid.UUID) bool) ([]*order, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	var found []*order
@@ -207,21 +208,23 @@ func (s *memoryStore) due(_ context.Context, now time.Time, limit, size int) ([]
 		if !o.due(now) || len(found) >= limit || (total >= size && len(found) > 0) {
 			return false
 		}
-		found = append(found, o)
-		total += o.Size
+		if !skip(id) {
+			found = append(found, o)
+			total += o.Size
+		}
 		return true
 	})
 	return found, nil
 }
 
-func (s *memoryStore) nextDue(context.Context) (time.Time, error) {
+func (s *memoryStore) nextDue(_ context.Context, now time.Time) (next time.Time, err error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	_, id, ok := s.queue.Min()
-	if !ok {
-		return time.Time{}, nil
-	}
-	return s.at(id).PublishAt, nil
+	s.queue.Ascend(timeKey(now.Add(time.Microsecond)), func(_ dueKey, id uuid.UUID) bool {
+		next = s.at(id).PublishAt
+		return false
+	})
+	return next, nil
 }
 
 // recover has nothing to do: no order outlives the process that published it.
@@ -273,11 +276,9 @@ func withoutBody(o *order) *order {
 	return &c
 }
 
-func dueKeyOf(o *order) dueKey {
-	at := uint64(max(0, o.PublishAt.UnixMicro()))
-	key := make([]byte, 0, 24)
-	for shift := 56; shift >= 0; shift -= 8 {
-		key = append(key, byte(at>>shift))
-	}
-	return string(append(key, o.ID[:]...))
+func dueKeyOf(o *order) dueKey { return timeKey(o.PublishAt) + string(o.ID[:]) }
+
+// timeKey returns the first part of the keys of orders due at that time.
+func timeKey(at time.Time) dueKey {
+	return string(binary.BigEndian.AppendUint64(nil, uint64(max(0, at.UnixMicro()))))
 }

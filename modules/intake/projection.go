@@ -56,7 +56,7 @@ func (m *Module) finish(ctx context.Context, id uuid.UUID, out contract.Outcome)
 	if err := m.writer.do(ctx, c); err != nil {
 		return err
 	}
-	m.relay.finished(id)
+	m.relay.finished(id, out.Attempt)
 	if c.found == nil {
 		m.logger.Warn("an outcome arrived for an order that does not exist; the database may be older than the broker's messages",
 			"order_id", id, "trace_id", telemetry.TraceID(ctx), "outcome", out.Type)

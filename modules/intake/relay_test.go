@@ -186,6 +186,29 @@ func TestRelayKeepsToItsWindow(t *testing.T) {
 	require.Len(t, log.of(contract.TopicSubmitted), 5)
 }
 
+func TestRelayWithAWindowPublishesOnceWhileAnAttemptIsUnderWay(t *testing.T) {
+	m, s, log := testModule(t, 10)
+	first := submit(t, m, "A-1")
+	for n := 1; n <= 2; n++ {
+		soon(t, func() bool { return len(log.of(contract.TopicSubmitted)) == 2*n-1 })
+		// Other orders come and go meanwhile.
+		other := submit(t, m, fmt.Sprintf("B-%d", n))
+		soon(t, func() bool { return len(log.of(contract.TopicSubmitted)) == 2*n })
+		out := outcome(contract.TypeSaved, 1)
+		out.OrderID = other.ID.String()
+		project(t, m, out)
+		failed := outcome(contract.TypeAttemptFailed, 1) // the second time it is late news
+		failed.OrderID = first.ID.String()
+		project(t, m, failed)
+	}
+	require.Equal(t, first.ID.String()+".2", log.of(contract.TopicSubmitted)[2])
+	got, err := s.get(t.Context(), first.ID)
+	require.NoError(t, err)
+	require.True(t, got.due(now()), "it stays due until its outcome is known")
+	submit(t, m, "C")
+	soon(t, func() bool { return len(log.of(contract.TopicSubmitted)) == 5 })
+}
+
 func TestRelayBoundsTheBytesOfItsWindow(t *testing.T) {
 	r := newRelay(newMemoryStore(), nil, Deps{Bus: Bus{Window: 100}})
 	big := &order{ID: uuid.New(), Size: windowBytes}
@@ -193,8 +216,11 @@ func TestRelayBoundsTheBytesOfItsWindow(t *testing.T) {
 	r.take(big) // published again: it counts once
 	limit, _ := r.room()
 	require.Zero(t, limit)
-	r.finished(big.ID)
-	r.finished(big.ID)
+	r.finished(big.ID, 0) // of an attempt before this one
+	limit, _ = r.room()
+	require.Zero(t, limit)
+	r.finished(big.ID, 1)
+	r.finished(big.ID, 1)
 	limit, size := r.room()
 	require.Equal(t, 100, limit)
 	require.Equal(t, relayBytes, size)

@@ -38,6 +38,8 @@ type sqliteStore struct {
 	selectOne  *sql.Stmt
 	readOne    *sql.Stmt
 	readDue    *sql.Stmt
+	readBodies *sql.Stmt
+	readBody   *sql.Stmt
 	countBy    *sql.Stmt
 
 	mu    sync.RWMutex
@@ -59,6 +61,7 @@ const (
 	insertRow   = `(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)`
 	insertGuard = ` ON CONFLICT DO NOTHING`
 	selectOrder = `SELECT ` + orderColumns + ` FROM orders `
+	selectBody  = `SELECT ` + orderColumns + `, body FROM orders `
 	updateOrder = `UPDATE orders SET released=?, status=?, attempts=?, attempt_base=?, direct=?, updated_at=?, finished_at=?,
 		publish_at=?, backend_status=?, backend_type=?, backend_body=?, problem=?, history=? WHERE id=?`
 	// A mark also ends the protection of an order whose direct call died.
@@ -96,7 +99,9 @@ func (s *sqliteStore) prepare(ctx context.Context) error {
 		{&s.selectOne, s.db.Write, selectOrder + `WHERE id=?`},
 		{&s.countBy, s.db.Write, `INSERT INTO order_counts (status, n) VALUES (?, ?) ON CONFLICT (status) DO UPDATE SET n = n + excluded.n`},
 		{&s.readOne, s.db.Read, selectOrder + `WHERE id=?`},
-		{&s.readDue, s.db.Read, `SELECT ` + orderColumns + `, body FROM orders WHERE publish_at <= ? ORDER BY publish_at, id LIMIT ?`},
+		{&s.readDue, s.db.Read, `SELECT id FROM orders WHERE publish_at <= ? ORDER BY publish_at, id`},
+		{&s.readBodies, s.db.Read, selectBody + "WHERE id IN (" + manyIDs + ")"},
+		{&s.readBody, s.db.Read, selectBody + `WHERE id=?`},
 	} {
 		var err error
 		if *p.stmt, err = p.db.PrepareContext(ctx, p.text); err != nil {
@@ -435,31 +440,84 @@ func (s *sqliteStore) list(ctx context.Context, q query) ([]*order, error) {
 	return found, nil
 }
 
-func (s *sqliteStore) due(ctx context.Context, now time.Time, limit, size int) ([]*order, error) {
-	rows, err := s.readDue.QueryContext(ctx, now.UnixMicro(), limit)
+// due first looks through the index of due orders, which is cheap even where
+// many are to be skipped, and then reads the chosen ones.
+func (s *sqliteStore) due(ctx context.Context, now time.Time, limit, size int, skip func(uuid.UUID) bool) ([]*order, error) {
+	ids, err := s.dueIDs(ctx, now, limit, skip)
 	if err != nil {
-		return nil, fmt.Errorf("read due orders: %w", err)
+		return nil, fmt.Errorf("look for due orders: %w", err)
 	}
-	defer rows.Close()
 	var found []*order
-	for total := 0; total < size && rows.Next(); {
-		var body []byte
-		o, err := scanOrder(rows, &body)
+	total := 0
+	for chunk := range chunks(ids) {
+		if total >= size {
+			break
+		}
+		orders, err := s.bodies(ctx, chunk)
 		if err != nil {
 			return nil, fmt.Errorf("read due orders: %w", err)
 		}
-		o.Body = body
-		total += len(body)
-		found = append(found, o)
-	}
-	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("read due orders: %w", err)
+		for _, id := range chunk {
+			// Since the look through the index the order may have changed.
+			if o := orders[id]; o != nil && o.due(now) && total < size {
+				found = append(found, o)
+				total += o.Size
+			}
+		}
 	}
 	return found, nil
 }
 
-func (s *sqliteStore) nextDue(ctx context.Context) (time.Time, error) {
-	return s.time(ctx, `SELECT publish_at FROM orders WHERE publish_at IS NOT NULL ORDER BY publish_at LIMIT 1`)
+// dueIDs returns the ids, longest due first.
+func (s *sqliteStore) dueIDs(ctx context.Context, now time.Time, limit int, skip func(uuid.UUID) bool) ([]uuid.UUID, error) {
+	rows, err := s.readDue.QueryContext(ctx, now.UnixMicro())
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var ids []uuid.UUID
+	var raw sql.RawBytes
+	for len(ids) < limit && rows.Next() {
+		if err := rows.Scan(&raw); err != nil {
+			return nil, err
+		}
+		if id := uuid.UUID(raw); !skip(id) {
+			ids = append(ids, id)
+		}
+	}
+	return ids, rows.Err()
+}
+
+// bodies reads one or manyRows orders with their bodies.
+func (s *sqliteStore) bodies(ctx context.Context, ids []uuid.UUID) (map[uuid.UUID]*order, error) {
+	stmt := s.readBody
+	if len(ids) > 1 {
+		stmt = s.readBodies
+	}
+	args := make([]any, 0, len(ids))
+	for _, id := range ids {
+		args = append(args, id[:])
+	}
+	rows, err := stmt.QueryContext(ctx, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	orders := make(map[uuid.UUID]*order, len(ids))
+	for rows.Next() {
+		var body []byte
+		o, err := scanOrder(rows, &body)
+		if err != nil {
+			return nil, err
+		}
+		o.Body = body
+		orders[o.ID] = o
+	}
+	return orders, rows.Err()
+}
+
+func (s *sqliteStore) nextDue(ctx context.Context, now time.Time) (time.Time, error) {
+	return s.time(ctx, `SELECT publish_at FROM orders WHERE publish_at > ? ORDER BY publish_at LIMIT 1`, now.UnixMicro())
 }
 
 func (s *sqliteStore) oldestWaiting(ctx context.Context) (time.Time, error) {
@@ -600,7 +658,7 @@ const pingBytes = 16 << 10
 
 func (s *sqliteStore) close() error {
 	var errs []error
-	for _, stmt := range []*sql.Stmt{s.insertMany, s.insertOne, s.updateOne, s.markMany, s.markOne, s.selectMany, s.selectOne, s.countBy, s.readOne, s.readDue} {
+	for _, stmt := range []*sql.Stmt{s.insertMany, s.insertOne, s.updateOne, s.markMany, s.markOne, s.selectMany, s.selectOne, s.countBy, s.readOne, s.readDue, s.readBodies, s.readBody} {
 		if stmt != nil {
 			errs = append(errs, stmt.Close())
 		}

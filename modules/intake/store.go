@@ -27,11 +27,13 @@ type store interface {
 	list(ctx context.Context, q query) ([]*order, error)
 
 	// due returns orders with their bodies that the relay is to publish now,
-	// longest due first: at most limit, and no more once their bodies have
-	// reached size bytes (but at least one).
-	due(ctx context.Context, now time.Time, limit, size int) ([]*order, error)
-	// nextDue returns when the next order becomes due, or the zero time.
-	nextDue(ctx context.Context) (time.Time, error)
+	// longest due first, except those that skip returns true for: at most
+	// limit, and no more once their bodies have reached size bytes (but at
+	// least one).
+	due(ctx context.Context, now time.Time, limit, size int, skip func(uuid.UUID) bool) ([]*order, error)
+	// nextDue returns when the first order becomes due after now, or the zero
+	// time.
+	nextDue(ctx context.Context, now time.Time) (time.Time, error)
 	// recover makes every unfinished order due that no running process is
 	// busy with: all that are marked as published (when their messages did
 	// not survive) and those whose direct call died with its process.

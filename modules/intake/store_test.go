@@ -248,18 +248,24 @@ var storeSuite = map[string]func(*testing.T, store){
 		a.PublishAt, b.PublishAt, c.PublishAt, d.PublishAt = base.Add(2*time.Second), base.Add(time.Second), base.Add(time.Minute), time.Time{}
 		insertOrders(t, s, a, b, c, d)
 		require.Equal(t, []uuid.UUID{b.ID, a.ID}, dueIDs(t, s, base.Add(2*time.Second)))
-		found, err := s.due(t.Context(), base.Add(time.Hour), 1, 1<<20)
+		found, err := s.due(t.Context(), base.Add(time.Hour), 1, 1<<20, skipNone)
 		require.NoError(t, err)
 		require.Len(t, found, 1)
 		require.Equal(t, b.Body, found[0].Body)
-		next, err := s.nextDue(t.Context())
+		next, err := s.nextDue(t.Context(), time.Time{})
 		require.NoError(t, err)
 		require.Equal(t, b.PublishAt, next)
+		next, err = s.nextDue(t.Context(), a.PublishAt)
+		require.NoError(t, err)
+		require.Equal(t, c.PublishAt, next)
+		found, err = s.due(t.Context(), base.Add(time.Hour), 1, 1<<20, func(id uuid.UUID) bool { return id == b.ID || id == a.ID })
+		require.NoError(t, err)
+		require.Equal(t, []uuid.UUID{c.ID}, ids(found))
 	},
 	"bounds the bytes of what it hands out, but hands out one": func(t *testing.T, s store) {
 		a, b := testOrder("A"), testOrder("B")
 		insertOrders(t, s, a, b)
-		found, err := s.due(t.Context(), b.PublishAt, 10, 1)
+		found, err := s.due(t.Context(), b.PublishAt, 10, 1, skipNone)
 		require.NoError(t, err)
 		require.Len(t, found, 1)
 	},
@@ -294,7 +300,7 @@ var storeSuite = map[string]func(*testing.T, store){
 		require.Empty(t, dueIDs(t, s, b.PublishAt))
 	},
 	"has nothing due when it is empty": func(t *testing.T, s store) {
-		next, err := s.nextDue(t.Context())
+		next, err := s.nextDue(t.Context(), time.Time{})
 		require.NoError(t, err)
 		require.True(t, next.IsZero())
 		oldest, err := s.oldestWaiting(t.Context())
@@ -397,7 +403,7 @@ var storeSuite = map[string]func(*testing.T, store){
 				for range 50 {
 					_, err := s.get(context.Background(), first.ID)
 					_, err2 := s.list(context.Background(), query{limit: 20})
-					_, err3 := s.due(context.Background(), now(), 100, 1<<20)
+					_, err3 := s.due(context.Background(), now(), 100, 1<<20, skipNone)
 					if err := errors.Join(err, err2, err3); err != nil {
 						errs <- err
 						return
@@ -474,9 +480,11 @@ func finishAs(status contract.Status) func(*order) verdict {
 	}
 }
 
+func skipNone(uuid.UUID) bool { return false }
+
 func dueIDs(t *testing.T, s store, at time.Time) []uuid.UUID {
 	t.Helper()
-	found, err := s.due(t.Context(), at, 100, 1<<20)
+	found, err := s.due(t.Context(), at, 100, 1<<20, skipNone)
 	require.NoError(t, err)
 	return ids(found)
 }
