@@ -292,14 +292,14 @@ func redacted(text string) string {
 
 // paceCollector lets garbage pile up to four times what is in use, instead of
 // as much as is in use: little is, and every order is much garbage, so that the
-// collector would run many times a second for a few MiB. Near a GiB it becomes
+// collector would run many times a second for a few MiB. Near 512 MiB it becomes
 // thrifty again. GOGC and GOMEMLIMIT, if set, count and not this.
 func paceCollector() {
 	if os.Getenv("GOGC") != "" || os.Getenv("GOMEMLIMIT") != "" {
 		return
 	}
 	debug.SetGCPercent(400)
-	debug.SetMemoryLimit(1 << 30)
+	debug.SetMemoryLimit(512 << 20)
 }
 
 // loadConfig reads the configuration of a command that has config.AddFlags.

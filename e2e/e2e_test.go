@@ -93,7 +93,8 @@ type process struct {
 func launch(t testing.TB, path string, env []string, args ...string) *process {
 	t.Helper()
 	p := &process{cmd: exec.Command(path, args...), done: make(chan struct{}), heard: make(chan struct{})}
-	p.cmd.Env = append(os.Environ(), env...)
+	// The race detector would have a process linger for a second at its end.
+	p.cmd.Env = append(append(os.Environ(), "GORACE=atexit_sleep_ms=0"), env...)
 	logs, err := p.cmd.StderrPipe()
 	require.NoError(t, err)
 	require.NoError(t, p.cmd.Start())

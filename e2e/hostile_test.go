@@ -557,7 +557,7 @@ func TestClientsThatDoNotReadTheirAnswersAreCutOff(t *testing.T) {
 	before := g.connections(t)
 	// Far more than what fits between the two ends.
 	request := "GET /orders/" + o.ID + " HTTP/1.1\r\nHost: x\r\n\r\n"
-	for range 10 {
+	for range 4 {
 		c := g.dial(t)
 		require.NoError(t, c.Conn.(*net.TCPConn).SetReadBuffer(4<<10))
 		c.send(t, strings.Repeat(request, 20))
@@ -567,7 +567,7 @@ func TestClientsThatDoNotReadTheirAnswersAreCutOff(t *testing.T) {
 		return g.connections(t) <= before
 	}, "who does not read holds a connection for ever")
 	// Who reads slowly has all the time that it takes.
-	const answers = 16
+	const answers = 14
 	c := g.dial(t)
 	c.send(t, strings.Repeat(request, answers-1)+strings.Replace(request, "Host: x", "Host: x\r\nConnection: close", 1))
 	tick := time.NewTicker(50 * time.Millisecond)
@@ -654,6 +654,7 @@ func TestManyLargeBodiesAtOnceTakeBoundedMemory(t *testing.T) {
 		t.Skip("memory is read from /proc")
 	}
 	const n = 300
+	t.Setenv("GOGC", "100") // what the process needs counts, not how late it collects its garbage
 	b := backend(t, "--latency", "1ms")
 	g := serve(t, false, t.TempDir(), fast(b, "http.read_timeout", "1m"))
 	memory := residentMemory(t, g.process)
@@ -717,7 +718,7 @@ func TestManyLargeBodiesAtOnceTakeBoundedMemory(t *testing.T) {
 	t.Logf("%d of %d large orders accepted; memory %d MiB at rest, %d MiB while they came slowly, %d MiB at most", len(large), n, memory>>20, held>>20, peak>>20)
 	require.GreaterOrEqual(t, len(large), 200)
 	require.Less(t, len(large), n)
-	require.Less(t, peak, int64(2<<30))
+	require.Less(t, peak, int64(1<<30))
 	g.drained(t, patience)
 	g.requireAllSaved(t, small, large)
 	require.Equal(t, len(small)+len(large), b.stats(t).Requests)
@@ -727,12 +728,13 @@ func TestOrdersThatAreCostlyToCheckTakeBoundedMemory(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("memory is read from /proc")
 	}
+	t.Setenv("GOGC", "100") // as above
 	b := backend(t, "--latency", "1ms")
 	g := serve(t, false, t.TempDir(), fast(b))
 	// Each of the items has three faults.
 	costly := strings.Replace(body("A-1"), "[{", "["+strings.Repeat("{},", 40_000)+"{", 1)
 	var wg sync.WaitGroup
-	answers := make([]answer, 40)
+	answers := make([]answer, 24)
 	for i := range answers {
 		wg.Go(func() { answers[i], _ = try(t.Context(), http.MethodPost, g.url+"/orders", costly, jsonHeader()) })
 	}
@@ -755,7 +757,7 @@ func TestOrdersThatAreCostlyToCheckTakeBoundedMemory(t *testing.T) {
 		require.Len(t, p.Errors, 20)
 		require.Equal(t, "/items/0/quantity", p.Errors[0].Pointer)
 	}
-	require.Less(t, peak, int64(5<<28))
+	require.Less(t, peak, int64(512<<20))
 	g.drained(t, patience)
 	g.requireAllSaved(t, ids)
 }
