@@ -14,11 +14,12 @@ import (
 
 	"sluice/config"
 	"sluice/e2e/backend"
+	"sluice/modules/intake"
 	"sluice/platform/telemetry"
 )
 
 // devHint is printed once both are up. Its verbs are the gateway's, the admin
-// and the stand-in's address.
+// and the stand-in's address, and what becomes of the orders.
 const devHint = `
 Sluice takes orders on %[1]s and saves them to a stand-in backend that takes 50 ms for each.
 
@@ -37,7 +38,7 @@ Sluice takes orders on %[1]s and saves them to a stand-in backend that takes 50 
     curl -s %[2]s/admin/status
     curl -s %[3]s/stats
 
-Ctrl-C stops it. The orders stay in %[4]s and are there again after the next start.
+Ctrl-C stops it. %[4]s
 
 `
 
@@ -88,7 +89,11 @@ func dev(ctx context.Context, cfg config.Config, backendAddr string, stdout, std
 	backendURL := localURL(listener.Addr().String())
 	cfg.Backend.URL = backendURL + "/orders"
 	return serve(ctx, cfg, telemetry.NewLogger(cfg.Log, stderr), telemetry.Start, func(public, admin string) {
-		_, _ = fmt.Fprintf(stdout, devHint, localURL(public), localURL(admin), backendURL, cfg.Store.DSN) // only a hint
+		kept := "The orders stay in " + cfg.Store.DSN + " and are there again after the next start."
+		if cfg.Store.Driver == intake.DriverMemory {
+			kept = "The orders are gone then, since store.driver is memory."
+		}
+		_, _ = fmt.Fprintf(stdout, devHint, localURL(public), localURL(admin), backendURL, kept) // only a hint
 	})
 }
 

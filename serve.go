@@ -71,6 +71,10 @@ func window(limit, inFlight int) int {
 // transactions, so more of them make larger groups, not more work.
 const outcomesInFlight = 1024
 
+// adminStopTimeout bounds what a stopping process waits for operators, who may
+// be in the middle of a long profile.
+const adminStopTimeout = time.Second
+
 // telemetryFlushTimeout bounds what a stopping process waits for a collector.
 const telemetryFlushTimeout = 5 * time.Second
 
@@ -82,13 +86,19 @@ type startTelemetry func(ctx context.Context, version string, logger *slog.Logge
 // closed. ready, if not nil, is called with both addresses once the gateway
 // takes orders.
 func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start startTelemetry, ready func(public, admin string)) (err error) {
-	paceCollector()
+	paceCollector(cfg.Store.Driver)
 	// What is opened is closed in reverse order, whatever happened.
 	var closers closers
+	started := false
 	stopping := func() (context.Context, context.CancelFunc) {
 		return context.WithTimeout(context.WithoutCancel(ctx), cfg.HTTP.ShutdownTimeout)
 	}
 	defer func() {
+		if err != nil && ctx.Err() != nil && !started {
+			// Asked to stop before it was up: what broke off is no failure.
+			logger.Info("stopping before the start was complete", "error", err)
+			err = nil
+		}
 		if err = errors.Join(err, closers.close(stopping)); err == nil {
 			logger.Info("stopped")
 		}
@@ -116,7 +126,14 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 	if err != nil {
 		return err
 	}
-	closers.add("admin server", admin.Shutdown)
+	closers.add("admin server", func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, adminStopTimeout)
+		defer cancel()
+		if err := admin.Shutdown(ctx); err != nil {
+			logger.Warn("an operator's request was cut off", "error", err)
+		}
+		return nil
+	})
 
 	bus, err := pubsub.Open(ctx, cfg.PubSub, logger)
 	if err != nil {
@@ -176,9 +193,15 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 	if err != nil {
 		return err
 	}
+	closers.add("public server", func(ctx context.Context) error {
+		if err := public.Shutdown(ctx); err != nil {
+			logger.Warn("clients that were too slow were cut off; what they had been promised is kept", "error", err)
+		}
+		return nil
+	})
 
 	// From here on things run. Consumers come first, then the relay, whose
-	// messages they take, then the clients. They stop the other way round.
+	// messages they take, then the clients.
 	failed := make(chan error, 4)
 	background := func(run func() error) (wait func()) {
 		done := make(chan struct{})
@@ -197,24 +220,33 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 	routerDone := background(func() error { return router.Run(context.WithoutCancel(ctx)) })
 	closers.add("router", func(context.Context) error { defer routerDone(); return router.Close() })
 	closers.add("outcomes in flight", outcomes.Drain)
-	closers.add("backend calls in flight", func(ctx context.Context) error {
-		out.Stop() // or the drain would wait for those as well that wait for a permit
-		return orders.Drain(ctx)
-	})
 	select {
 	case <-router.Running():
 	case err := <-failed:
-		return fmt.Errorf("start the router: %w", err)
+		return fmt.Errorf("start: %w", err)
 	}
 
 	relayCtx, stopRelay := context.WithCancel(context.WithoutCancel(ctx))
 	relayDone := background(func() error { return in.Run(relayCtx) })
-	closers.add("relay", func(context.Context) error { stopRelay(); relayDone(); return nil })
-
 	background(public.Serve)
-	closers.add("public server", public.Shutdown)
+	closers.add("backend calls in flight", func(ctx context.Context) error {
+		// At the same time as the public server stops: a client that does not
+		// send or read must not take the time in which calls could end.
+		clients := make(chan struct{})
+		go func() {
+			defer close(clients)
+			_ = public.Shutdown(ctx) // its own closer says what came of it
+		}()
+		stopRelay()
+		relayDone()
+		out.Stop() // or the drain would wait for those as well that wait for a permit
+		err := orders.Drain(ctx)
+		<-clients
+		return err
+	})
 
 	health.SetReady()
+	started = true
 	logger.Info("ready", "version", buildVersion(), "addr", public.Addr(), "admin_addr", admin.Addr(), "broker", bus.Name(),
 		"store", cfg.Store.Driver, "backend", redacted(cfg.Backend.URL), "concurrency", cfg.Dispatch.Concurrency)
 	if ready != nil {
@@ -294,12 +326,16 @@ func redacted(text string) string {
 // as much as is in use: little is, and every order is much garbage, so that the
 // collector would run many times a second for a few MiB. Near 512 MiB it becomes
 // thrifty again. GOGC and GOMEMLIMIT, if set, count and not this.
-func paceCollector() {
+//
+// The store in memory is in use for good, however large, and gets no limit.
+func paceCollector(driver string) {
 	if os.Getenv("GOGC") != "" || os.Getenv("GOMEMLIMIT") != "" {
 		return
 	}
 	debug.SetGCPercent(400)
-	debug.SetMemoryLimit(512 << 20)
+	if driver != intake.DriverMemory {
+		debug.SetMemoryLimit(512 << 20)
+	}
 }
 
 // loadConfig reads the configuration of a command that has config.AddFlags.

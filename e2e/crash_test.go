@@ -188,6 +188,30 @@ func TestAStopThatTakesTooLongSaysSoAndLosesNothing(t *testing.T) {
 	require.Zero(t, g.terminate(t))
 }
 
+func TestASlowClientDoesNotTakeTheTimeInWhichCallsEnd(t *testing.T) {
+	const concurrency = 2
+	b, dir := backend(t, "--latency", "300ms"), t.TempDir()
+	s := settings{"backend.url": b.ordersURL(), "dispatch.concurrency": strconv.Itoa(concurrency), "http.shutdown_timeout": "3s"}
+	g := serve(t, false, dir, s)
+	conn, err := net.Dial("tcp", strings.TrimPrefix(g.url, "http://"))
+	require.NoError(t, err)
+	defer func() { require.NoError(t, conn.Close()) }()
+	_, err = conn.Write([]byte("POST /orders HTTP/1.1\r\nHost: sluice\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"))
+	require.NoError(t, err)
+	// Another request, begun later and answered: the half one has arrived too.
+	ids, err := g.flood(t.Context(), 8, 40, func(i int) string { return fmt.Sprintf("S-%d", i) })
+	require.NoError(t, err)
+	eventually(t, 30*time.Second, func() bool { return b.stats(t).InFlight == concurrency }, "no calls")
+	require.Zero(t, g.terminate(t), "the client was cut off, and that is no failure")
+
+	b.control(t, `{"latency": "5ms"}`)
+	g = serve(t, false, dir, s)
+	g.drained(t, time.Minute)
+	requireSaved(t, ids, g.all(t))
+	require.Zero(t, b.stats(t).Repeats)
+	require.Zero(t, g.terminate(t))
+}
+
 // freePort returns an address of this machine that nobody listens on. It is
 // below the ports that systems give to outgoing connections: one of those
 // could be taken by a client while the gateway is down.

@@ -329,7 +329,8 @@ func TestASecondClientsPromiseOutlivesAFailedSynchronousCall(t *testing.T) {
 	a := g.post(t, body("A-1"))
 	require.Equal(t, http.StatusAccepted, a.status)
 	require.Equal(t, "true", a.header.Get("Idempotent-Replayed"))
-	require.Equal(t, http.StatusBadGateway, (<-done).status)
+	failed := <-done
+	require.Equal(t, "/orders/"+a.order(t).ID, failed.problem(t, http.StatusBadGateway, "backend-failed").Order)
 	require.Equal(t, 2, g.await(t, a.order(t).ID, "saved").Attempts)
 }
 

@@ -211,7 +211,8 @@ func (c *Client) call(ctx context.Context, order contract.Submitted) (a answer, 
 	ctx, cancel := context.WithTimeoutCause(ctx, c.timeout, errTimeout)
 	defer cancel()
 	ctx, span := c.tracer.Start(ctx, http.MethodPost, c.span...)
-	defer func() { endSpan(span, a, err) }()
+	defer span.End()
+	defer func() { describeSpan(span, a, err) }()
 
 	// The transport is called without an http.Client around it: there is no
 	// redirect to follow, no cookie to keep, and no error that quotes the URL.

@@ -34,9 +34,8 @@ func spanOptions(u *url.URL) []trace.SpanStartOption {
 	return []trace.SpanStartOption{trace.WithSpanKind(trace.SpanKindClient), trace.WithAttributes(attributes...)}
 }
 
-// endSpan ends the span of a call. err is that of the caller's context.
-func endSpan(span trace.Span, a answer, err error) {
-	defer span.End()
+// describeSpan says what came of a call. err is that of the caller's context.
+func describeSpan(span trace.Span, a answer, err error) {
 	if !span.IsRecording() {
 		return
 	}

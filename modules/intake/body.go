@@ -72,7 +72,7 @@ func (m *Module) readBody(w http.ResponseWriter, r *http.Request, held *room) ([
 	}
 	source := http.MaxBytesReader(w, r.Body, limit)
 	body, err := readAll(io.LimitReader(source, smallBody), min(r.ContentLength, smallBody))
-	if err == nil && len(body) == smallBody && size > smallBody {
+	if err == nil && len(body) == smallBody && size >= smallBody {
 		if err := held.take(r.Context(), size); err != nil {
 			m.refuse(w, r, problemOverloaded())
 			return nil, false

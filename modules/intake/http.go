@@ -56,6 +56,9 @@ func (m *Module) postOrder(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
+	if prefer.respondAsync && !prefer.hasWait {
+		w.Header().Set("Preference-Applied", "respond-async")
+	}
 	w.Header().Set("Location", location(o))
 	if prefer.hasWait && o.Status.Final() {
 		m.writeOrder(w, r, http.StatusOK, o)
@@ -104,7 +107,11 @@ func (m *Module) await(w http.ResponseWriter, r *http.Request, o *order, d time.
 		current, err := m.store.get(r.Context(), o.ID)
 		if err != nil {
 			leave()
-			if r.Context().Err() == nil {
+			switch {
+			case r.Context().Err() != nil: // nobody is there to answer
+			case errors.Is(err, errNotFound):
+				httpserver.WriteProblem(w, r, problemNotFound())
+			default:
 				m.failed(w, r, "read an order", err)
 			}
 			return nil, false
@@ -128,18 +135,19 @@ func (m *Module) await(w http.ResponseWriter, r *http.Request, o *order, d time.
 
 // postOrderSync is POST /orders/sync: the direct way, without the queue.
 func (m *Module) postOrderSync(w http.ResponseWriter, r *http.Request) {
+	held := room{bodies: m.bodies}
+	defer held.release()
+	o, ok := m.readOrder(w, r, &held)
+	if !ok {
+		return
+	}
+	// After the body has been read: a slow sender calls no backend.
 	if m.direct != nil {
 		if !m.direct.TryAcquire(1) {
 			m.refuse(w, r, problemSyncLimit(m.cfg.SyncLimit))
 			return
 		}
 		defer m.direct.Release(1)
-	}
-	held := room{bodies: m.bodies}
-	defer held.release()
-	o, ok := m.readOrder(w, r, &held)
-	if !ok {
-		return
 	}
 	// Should this process die, the order becomes due when the call must have
 	// ended, and goes on as an asynchronous one.
@@ -150,16 +158,22 @@ func (m *Module) postOrderSync(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Location", location(o))
-	if o != mine {
+	// The commit may have taken so long that the relay is about to take over.
+	if o != mine || time.Until(o.PublishAt) < m.deps.DirectTimeout {
 		m.writeOrder(w, r, http.StatusAccepted, o)
 		return
 	}
 	m.call(w, r, o)
 }
 
-// directMargin is how much longer than its call a direct order is protected
-// from the relay.
-const directMargin = 30 * time.Second
+const (
+	// directMargin is how much longer than its call a direct order is protected
+	// from the relay.
+	directMargin = 30 * time.Second
+	// directPatience is how long storing the outcome of a direct order is
+	// tried, well within that margin.
+	directPatience = 10 * time.Second
+)
 
 // call makes the one attempt of a direct order and answers with its outcome.
 func (m *Module) call(w http.ResponseWriter, r *http.Request, o *order) {
@@ -168,16 +182,19 @@ func (m *Module) call(w http.ResponseWriter, r *http.Request, o *order) {
 		switch {
 		case o.Direct && (callErr != nil || out.Type == contract.TypeAttemptFailed):
 			return remove // nobody was promised anything
-		case callErr != nil:
+		case callErr == nil:
+			return o.apply(out, now(), m.retry)
+		case o.Status == contract.StatusAccepted && o.Attempts == 0:
 			o.PublishAt = now() // a second client was promised this order
 			return save
 		default:
-			return o.apply(out, now(), m.retry)
+			return leave
 		}
 	}}
-	// The outcome is stored even if the client has left.
-	if err := m.writer.do(context.WithoutCancel(r.Context()), c); err != nil {
-		m.failed(w, r, "store the outcome of a direct order", err)
+	if err := m.settle(r.Context(), c); err != nil {
+		m.logger.ErrorContext(r.Context(), "cannot store the outcome of a direct order; it goes on as an asynchronous one",
+			"order_id", o.ID, "trace_id", o.traceID(), "outcome", out.Type, "error", err)
+		m.refuse(w, r, problemSyncUnknown(o))
 		return
 	}
 	if callErr != nil {
@@ -192,8 +209,28 @@ func (m *Module) call(w http.ResponseWriter, r *http.Request, o *order) {
 	case contract.TypeRejected:
 		httpserver.WriteProblem(w, r, problemSyncRejected(c.found))
 	default:
-		w.Header().Del("Location")
-		httpserver.WriteProblem(w, r, problemSyncFailed(out))
+		if c.found == nil {
+			w.Header().Del("Location")
+		}
+		httpserver.WriteProblem(w, r, problemSyncFailed(out, c.found))
+	}
+}
+
+// settle stores what became of a direct order, even if its client has left. It
+// tries again for a while: the backend has been called, so to give up means to
+// call it again.
+func (m *Module) settle(ctx context.Context, c *change) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), directPatience)
+	defer cancel()
+	for pause := projectPauseMin; ; pause = min(2*pause, projectPauseMax) {
+		err := m.writer.do(ctx, c)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		wait(ctx, pause, nil)
+		if ctx.Err() != nil {
+			return err
+		}
 	}
 }
 
@@ -406,7 +443,8 @@ func (m *Module) refuse(w http.ResponseWriter, r *http.Request, p httpserver.Pro
 // failed answers a request that the store could not serve, and logs why.
 func (m *Module) failed(w http.ResponseWriter, r *http.Request, what string, err error) {
 	m.logger.ErrorContext(r.Context(), "the store failed a request", "operation", what, "error", err)
-	m.refuse(w, r, problemStorage())
+	reading := r.Method == http.MethodGet || r.Method == http.MethodHead
+	m.refuse(w, r, problemStorage(reading))
 }
 
 // resource is an order as clients see it.

@@ -119,7 +119,7 @@ func newModule(ctx context.Context, cfg Config, storeCfg StoreConfig, retry Retr
 	}
 	m.writer = newWriter(s, m.committed)
 	m.relay = newRelay(s, m.writer, deps)
-	n, err := s.recover(ctx, now())
+	n, err := s.recover(ctx, now(), !deps.Bus.Durable)
 	if err != nil {
 		return nil, errors.Join(err, m.stats.close())
 	}

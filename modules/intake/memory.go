@@ -66,7 +66,7 @@ func (s *memoryStore) insert(c *change) {
 	c.found, c.changed = nil, false
 	o := *c.insert
 	if holder, ok := s.holder(&o); ok {
-		if found := *s.at(holder); found.adopt() == save {
+		if found := *s.at(holder); found.adopt(&o) == save {
 			s.put(&found)
 		}
 		c.found = withoutBody(s.at(holder))
@@ -228,7 +228,7 @@ func (s *memoryStore) nextDue(_ context.Context, now time.Time) (next time.Time,
 }
 
 // recover has nothing to do: no order outlives the process that published it.
-func (s *memoryStore) recover(context.Context, time.Time) (int, error) { return 0, nil }
+func (s *memoryStore) recover(context.Context, time.Time, bool) (int, error) { return 0, nil }
 
 func (s *memoryStore) counts() map[contract.Status]int64 {
 	s.mu.RLock()

@@ -7,6 +7,7 @@ import (
 	"mime"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/uuid"
 
@@ -91,11 +92,11 @@ func (o *order) due(now time.Time) bool {
 }
 
 // adopt makes an asynchronous order of one that a direct call is under way
-// for. It is called when a second client is answered 202 for it: from then on
-// it is promised, and must outlive a failure of the direct call. PublishAt
-// stays at the end of that call's lease.
-func (o *order) adopt() verdict {
-	if !o.Direct {
+// for, if repeat is the same order from a second client. That one is answered
+// 202: from then on the order is promised, and must outlive a failure of the
+// direct call. PublishAt stays at the end of that call's lease.
+func (o *order) adopt(repeat *order) verdict {
+	if !o.Direct || o.Hash != repeat.Hash {
 		return leave
 	}
 	o.Direct = false
@@ -104,8 +105,9 @@ func (o *order) adopt() verdict {
 
 // apply is the state machine: it changes the order as an attempt's outcome
 // says. An outcome that was seen before, or that is older than what is known,
-// changes nothing, except that news of a save always counts: the backend has
-// the order, whatever a twin of the attempt reported.
+// changes nothing, except that news of a save counts until the backend has
+// given a final answer: it has the order, whatever a twin of the attempt
+// reported.
 func (o *order) apply(out contract.Outcome, now time.Time, retry RetryConfig) verdict {
 	late := out.Attempt <= o.Attempts || o.Status.Final()
 	switch {
@@ -252,7 +254,7 @@ func exhausted(out contract.Outcome, tries int) []byte {
 // problemOf returns the problem document (RFC 9457) that the backend sent.
 func problemOf(out contract.Outcome) ([]byte, bool) {
 	mediaType, _, err := mime.ParseMediaType(out.ContentType)
-	if err != nil || mediaType != "application/problem+json" || out.Truncated {
+	if err != nil || mediaType != "application/problem+json" || out.Truncated || !utf8.Valid(out.Body) {
 		return nil, false
 	}
 	var members map[string]json.RawMessage

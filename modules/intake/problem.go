@@ -71,9 +71,21 @@ func problemBacklogFull(limit int) httpserver.Problem {
 		Detail: fmt.Sprintf("%d or more orders are waiting (intake.max_backlog); this one was not accepted, send it again later", limit)}
 }
 
-func problemStorage() httpserver.Problem {
-	return httpserver.Problem{Type: "storage-unavailable", Title: "Orders cannot be stored at the moment", Status: http.StatusServiceUnavailable,
+func problemStorage(reading bool) httpserver.Problem {
+	p := httpserver.Problem{Type: "storage-unavailable", Title: "Orders cannot be stored at the moment", Status: http.StatusServiceUnavailable,
 		Detail: "nothing was accepted; send the request again later"}
+	if reading {
+		p.Title, p.Detail = "Orders cannot be read at the moment", "send the request again later"
+	}
+	return p
+}
+
+// problemSyncUnknown answers POST /orders/sync when the backend was called and
+// its answer could not be stored.
+func problemSyncUnknown(o *order) httpserver.Problem {
+	return httpserver.Problem{Type: "storage-unavailable", Title: "The outcome could not be stored", Status: http.StatusServiceUnavailable,
+		Detail:  "the backend was called; the order is kept and goes on as an asynchronous one, look at it under its URL",
+		Members: map[string]any{"order": location(o)}}
 }
 
 func problemOverloaded() httpserver.Problem {
@@ -105,10 +117,15 @@ func problemSyncRejected(o *order) httpserver.Problem {
 		Members: map[string]any{"backend": json.RawMessage(o.Problem), "order": location(o)}}
 }
 
-// problemSyncFailed answers POST /orders/sync when the order was not saved.
-func problemSyncFailed(out contract.Outcome) httpserver.Problem {
+// problemSyncFailed answers POST /orders/sync when the order was not saved. The
+// order lives on only if another client was promised it.
+func problemSyncFailed(out contract.Outcome, alive *order) httpserver.Problem {
 	p := httpserver.Problem{Type: "backend-failed", Title: "The backend did not save the order", Status: http.StatusBadGateway,
 		Detail: out.Error + "; nothing was stored, the order number is free"}
+	if alive != nil {
+		p.Detail = out.Error + "; the order was accepted from another request meanwhile and is tried again"
+		p.Members = map[string]any{"order": location(alive)}
+	}
 	if out.Timeout {
 		p.Type, p.Title, p.Status = "backend-timeout", "The backend did not answer in time", http.StatusGatewayTimeout
 	}

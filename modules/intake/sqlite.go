@@ -64,7 +64,7 @@ const (
 	selectBody  = `SELECT ` + orderColumns + `, body FROM orders `
 	updateOrder = `UPDATE orders SET released=?, status=?, attempts=?, attempt_base=?, direct=?, updated_at=?, finished_at=?,
 		publish_at=?, backend_status=?, backend_type=?, backend_body=?, problem=?, history=? WHERE id=?`
-	// A mark also ends the protection of an order whose direct call died.
+	// Whatever the relay has published it has taken over, direct or not.
 	markOrder = `UPDATE orders SET publish_at=NULL, direct=0 WHERE attempts=? AND (status='dead')=? AND id IN `
 )
 
@@ -99,7 +99,7 @@ func (s *sqliteStore) prepare(ctx context.Context) error {
 		{&s.selectOne, s.db.Write, selectOrder + `WHERE id=?`},
 		{&s.countBy, s.db.Write, `INSERT INTO order_counts (status, n) VALUES (?, ?) ON CONFLICT (status) DO UPDATE SET n = n + excluded.n`},
 		{&s.readOne, s.db.Read, selectOrder + `WHERE id=?`},
-		{&s.readDue, s.db.Read, `SELECT id FROM orders WHERE publish_at <= ? ORDER BY publish_at, id`},
+		{&s.readDue, s.db.Read, `SELECT id, size FROM orders WHERE publish_at <= ? ORDER BY publish_at, id`},
 		{&s.readBodies, s.db.Read, selectBody + "WHERE id IN (" + manyIDs + ")"},
 		{&s.readBody, s.db.Read, selectBody + `WHERE id=?`},
 	} {
@@ -300,7 +300,7 @@ func (w *sqliteWrite) resolve(ctx context.Context, changes []*change) error {
 		if c.found == nil {
 			return fmt.Errorf("order %s was not inserted, and nothing holds its number %q or key", o.ID, o.Number)
 		}
-		if c.found.adopt() == save {
+		if c.found.adopt(o) == save {
 			if err := w.put(ctx, c.found); err != nil {
 				return err
 			}
@@ -443,25 +443,20 @@ func (s *sqliteStore) list(ctx context.Context, q query) ([]*order, error) {
 // due first looks through the index of due orders, which is cheap even where
 // many are to be skipped, and then reads the chosen ones.
 func (s *sqliteStore) due(ctx context.Context, now time.Time, limit, size int, skip func(uuid.UUID) bool) ([]*order, error) {
-	ids, err := s.dueIDs(ctx, now, limit, skip)
+	ids, err := s.dueIDs(ctx, now, limit, size, skip)
 	if err != nil {
 		return nil, fmt.Errorf("look for due orders: %w", err)
 	}
 	var found []*order
-	total := 0
 	for chunk := range chunks(ids) {
-		if total >= size {
-			break
-		}
 		orders, err := s.bodies(ctx, chunk)
 		if err != nil {
 			return nil, fmt.Errorf("read due orders: %w", err)
 		}
 		for _, id := range chunk {
 			// Since the look through the index the order may have changed.
-			if o := orders[id]; o != nil && o.due(now) && total < size {
+			if o := orders[id]; o != nil && o.due(now) {
 				found = append(found, o)
-				total += o.Size
 			}
 		}
 	}
@@ -469,7 +464,7 @@ func (s *sqliteStore) due(ctx context.Context, now time.Time, limit, size int, s
 }
 
 // dueIDs returns the ids, longest due first.
-func (s *sqliteStore) dueIDs(ctx context.Context, now time.Time, limit int, skip func(uuid.UUID) bool) ([]uuid.UUID, error) {
+func (s *sqliteStore) dueIDs(ctx context.Context, now time.Time, limit, size int, skip func(uuid.UUID) bool) ([]uuid.UUID, error) {
 	rows, err := s.readDue.QueryContext(ctx, now.UnixMicro())
 	if err != nil {
 		return nil, err
@@ -477,12 +472,13 @@ func (s *sqliteStore) dueIDs(ctx context.Context, now time.Time, limit int, skip
 	defer rows.Close()
 	var ids []uuid.UUID
 	var raw sql.RawBytes
-	for len(ids) < limit && rows.Next() {
-		if err := rows.Scan(&raw); err != nil {
+	for total, bytes := 0, 0; len(ids) < limit && total < size && rows.Next(); {
+		if err := rows.Scan(&raw, &bytes); err != nil {
 			return nil, err
 		}
 		if id := uuid.UUID(raw); !skip(id) {
 			ids = append(ids, id)
+			total += bytes
 		}
 	}
 	return ids, rows.Err()
@@ -546,12 +542,21 @@ func (s *sqliteStore) time(ctx context.Context, statement string, args ...any) (
 	return time.UnixMicro(at).UTC(), nil
 }
 
-func (s *sqliteStore) recover(ctx context.Context, now time.Time) (int, error) {
+func (s *sqliteStore) recover(ctx context.Context, now time.Time, published bool) (int, error) {
 	total := 0
 	// The lock of the file says that no other process is busy with any order.
-	for _, which := range []string{`finished_at IS NULL AND publish_at IS NULL`, `finished_at IS NULL AND publish_at > ? AND direct=1`} {
-		args := []any{now.UnixMicro(), now.UnixMicro()}
-		res, err := s.db.Write.ExecContext(ctx, `UPDATE orders SET publish_at=?, direct=0 WHERE `+which, args[:1+strings.Count(which, "?")]...)
+	for _, r := range []struct {
+		wanted bool
+		where  string
+		args   []any
+	}{
+		{published, `finished_at IS NULL AND publish_at IS NULL`, nil},
+		{true, `finished_at IS NULL AND publish_at > ? AND direct=1`, []any{now.UnixMicro()}},
+	} {
+		if !r.wanted {
+			continue
+		}
+		res, err := s.db.Write.ExecContext(ctx, `UPDATE orders SET publish_at=?, direct=0 WHERE `+r.where, append([]any{now.UnixMicro()}, r.args...)...)
 		if err != nil {
 			return 0, fmt.Errorf("recover orders: %w", err)
 		}
@@ -571,13 +576,21 @@ func (s *sqliteStore) counts() map[contract.Status]int64 {
 }
 
 // purge looks through the orders from the oldest on: what finished long ago
-// was accepted even earlier, so it needs no index of its own.
+// was accepted even earlier, so it needs no index of its own. It looks on a
+// reading connection, since there may be many old orders that are not
+// finished, and no new one should have to wait for that.
 func (s *sqliteStore) purge(ctx context.Context, finishedBefore time.Time, limit int) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	ids, err := s.old(ctx, finishedBefore, limit)
+	if err != nil || len(ids) == 0 {
+		return 0, err
+	}
 	tx, err := s.db.Write.BeginTx(ctx, nil)
 	if err != nil {
 		return 0, fmt.Errorf("purge orders: %w", err)
 	}
-	delta, err := purgeIn(ctx, tx, finishedBefore, limit)
+	delta, err := purgeIn(ctx, tx, finishedBefore, ids)
 	if err != nil {
 		return 0, errors.Join(fmt.Errorf("purge orders: %w", err), rollback(tx))
 	}
@@ -592,10 +605,32 @@ func (s *sqliteStore) purge(ctx context.Context, finishedBefore time.Time, limit
 	return deleted, nil
 }
 
-func purgeIn(ctx context.Context, tx *sql.Tx, finishedBefore time.Time, limit int) (map[contract.Status]int64, error) {
-	rows, err := tx.QueryContext(ctx, `DELETE FROM orders WHERE rowid IN (
-		SELECT rowid FROM orders WHERE id < ? AND finished_at < ? ORDER BY id LIMIT ?) RETURNING status`,
+func (s *sqliteStore) old(ctx context.Context, finishedBefore time.Time, limit int) ([]any, error) {
+	rows, err := s.db.Read.QueryContext(ctx, `SELECT id FROM orders WHERE id < ? AND finished_at < ? ORDER BY id LIMIT ?`,
 		idAt(finishedBefore), finishedBefore.UnixMicro(), limit)
+	if err != nil {
+		return nil, fmt.Errorf("look for old orders: %w", err)
+	}
+	defer rows.Close()
+	var ids []any
+	for rows.Next() {
+		var id []byte
+		if err := rows.Scan(&id); err != nil {
+			return nil, fmt.Errorf("look for old orders: %w", err)
+		}
+		ids = append(ids, id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("look for old orders: %w", err)
+	}
+	return ids, nil
+}
+
+// purgeIn deletes those of the orders that are still old: a replay may have
+// come in between.
+func purgeIn(ctx context.Context, tx *sql.Tx, finishedBefore time.Time, ids []any) (map[contract.Status]int64, error) {
+	rows, err := tx.QueryContext(ctx, `DELETE FROM orders WHERE finished_at < ? AND id IN (`+strings.Repeat("?,", len(ids)-1)+`?) RETURNING status`,
+		append([]any{finishedBefore.UnixMicro()}, ids...)...)
 	if err != nil {
 		return nil, err
 	}

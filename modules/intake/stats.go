@@ -41,7 +41,7 @@ func newStats(meter metric.Meter, s store) (*stats, error) {
 	st := &stats{}
 	st.retryAfter.Store(1)
 	var err error
-	if st.acceptedTotal, err = meter.Int64Counter("sluice.orders.accepted", metric.WithDescription("Orders accepted, that is, committed to storage."), metric.WithUnit("{order}")); err != nil {
+	if st.acceptedTotal, err = meter.Int64Counter("sluice.orders.accepted", metric.WithDescription("Orders committed to storage, those of POST /orders/sync included."), metric.WithUnit("{order}")); err != nil {
 		return nil, err
 	}
 	if st.finishedTotal, err = meter.Int64Counter("sluice.orders.finished", metric.WithDescription("Orders that became final, by status."), metric.WithUnit("{order}")); err != nil {

@@ -34,10 +34,10 @@ type store interface {
 	// nextDue returns when the first order becomes due after now, or the zero
 	// time.
 	nextDue(ctx context.Context, now time.Time) (time.Time, error)
-	// recover makes every unfinished order due that no running process is
-	// busy with: all that are marked as published (when their messages did
-	// not survive) and those whose direct call died with its process.
-	recover(ctx context.Context, now time.Time) (int, error)
+	// recover makes unfinished orders due that no running process is busy
+	// with: those whose direct call died with its process and, with
+	// published, all that are marked as published.
+	recover(ctx context.Context, now time.Time, published bool) (int, error)
 
 	// counts returns the number of orders in each state. It does no I/O.
 	counts() map[contract.Status]int64

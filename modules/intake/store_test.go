@@ -84,7 +84,7 @@ func TestStore(t *testing.T) {
 				s = kind.reopen(t, s)
 				defer func() { require.NoError(t, s.close()) }()
 
-				n, err := s.recover(t.Context(), published.AcceptedAt)
+				n, err := s.recover(t.Context(), published.AcceptedAt, true)
 				require.NoError(t, err)
 				require.Equal(t, 2, n)
 				require.ElementsMatch(t, []uuid.UUID{published.ID, direct.ID}, dueIDs(t, s, published.AcceptedAt))
@@ -173,7 +173,11 @@ var storeSuite = map[string]func(*testing.T, store){
 		direct := testOrder("A-1")
 		direct.Direct = true
 		insertOrders(t, s, direct)
+		other := &change{insert: testOrder("A-1")} // another body: it is refused, and promised nothing
+		writeAll(t, s, other)
+		require.True(t, other.found.Direct)
 		c := &change{insert: testOrder("A-1")}
+		c.insert.Hash = direct.Hash
 		writeAll(t, s, c)
 		require.False(t, c.found.Direct)
 		o, err := s.get(t.Context(), direct.ID)

@@ -34,7 +34,7 @@ CREATE UNIQUE INDEX orders_number ON orders (number, owner, released) WHERE numb
 CREATE UNIQUE INDEX orders_key ON orders (idempotency_key, owner) WHERE idempotency_key IS NOT NULL;
 -- What is due, what is with the broker, what is waiting, what needs a look. Each holds only the few
 -- orders that it is about, whatever the size of the table.
-CREATE INDEX orders_due ON orders (publish_at, id) WHERE publish_at IS NOT NULL;
+CREATE INDEX orders_due ON orders (publish_at, id, size) WHERE publish_at IS NOT NULL;
 CREATE INDEX orders_published ON orders (id) WHERE finished_at IS NULL AND publish_at IS NULL;
 CREATE INDEX orders_waiting ON orders (status, id) WHERE finished_at IS NULL;
 CREATE INDEX orders_failed ON orders (status, id) WHERE status IN ('rejected', 'dead');
