@@ -34,10 +34,10 @@ build: ## Build bin/sluice
 
 .PHONY: test
 test: ## Run all tests with the race detector
-	go test $(RACE) -timeout 4m $$(go list ./... | grep -v '/e2e')
+	go test $(RACE) -timeout 6m $$(go list ./... | grep -v '/e2e')
 	@# The end-to-end tests start real processes: they get the machine to themselves, and are never
 	@# cached, since the cache does not see what the binary that they build is made of.
-	go test $(RACE) -count=1 -timeout 5m -p 1 ./e2e/...
+	go test $(RACE) -count=1 -timeout 10m -p 1 ./e2e/...
 
 .PHONY: lint
 lint: $(LINT) ## Run the linters

@@ -3,6 +3,7 @@ package database
 import (
 	"context"
 	"errors"
+	"runtime"
 	"sync"
 )
 
@@ -83,6 +84,9 @@ func (g *Group[T]) join(ctx context.Context, item T) (*batch[T], error) {
 // run flushes batches until none is left.
 func (g *Group[T]) run(ctx context.Context) {
 	for {
+		// Whoever is ready to run may join first. That is nobody on an idle
+		// machine, and many on a busy one, where larger batches count.
+		runtime.Gosched()
 		g.mu.Lock()
 		if len(g.queue) == 0 {
 			g.running--
