@@ -125,7 +125,7 @@ func (t *Telemetry) startMetrics(ctx context.Context, res *resource.Resource, lo
 	if err := registry.Register(collectors.NewProcessCollector(collectors.ProcessCollectorOpts{})); err != nil {
 		return fmt.Errorf("register process metrics: %w", err)
 	}
-	exporter, err := prometheusexporter.New(prometheusexporter.WithRegisterer(registry))
+	exporter, err := prometheusexporter.New(prometheusexporter.WithRegisterer(registry), prometheusexporter.WithoutScopeInfo())
 	if err != nil {
 		return fmt.Errorf("set up the Prometheus exporter: %w", err)
 	}
