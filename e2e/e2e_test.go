@@ -244,7 +244,13 @@ type backendStats struct {
 // backend starts a stand-in on a free port.
 func backend(t testing.TB, args ...string) *standIn {
 	t.Helper()
-	p := launch(t, binary(t, false), nil, append([]string{"backend", "--addr", "127.0.0.1:0"}, args...)...)
+	return backendAt(t, "127.0.0.1:0", args...)
+}
+
+// backendAt starts a stand-in on that address.
+func backendAt(t testing.TB, addr string, args ...string) *standIn {
+	t.Helper()
+	p := launch(t, binary(t, false), nil, append([]string{"backend", "--addr", addr}, args...)...)
 	return &standIn{process: p, url: "http://" + p.text(t, "addr=")}
 }
 

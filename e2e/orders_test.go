@@ -89,6 +89,37 @@ func TestAFailingBackendIsTriedAgain(t *testing.T) {
 	}
 }
 
+func TestABackendThatGivesNoAnswerIsTriedAgain(t *testing.T) {
+	eager := func(url string) settings {
+		return settings{"backend.url": url, "backend.timeout": "200ms", "dispatch.retry_initial": "10ms", "dispatch.retry_max": "50ms", "dispatch.max_attempts": "1000"}
+	}
+	tried := func(g *gateway, id string) {
+		eventually(t, time.Minute, func() bool { return g.get(t, id).Attempts > 0 }, "no attempt has failed")
+	}
+	t.Run("connection refused", func(t *testing.T) {
+		addr := freePort(t)
+		g := serve(t, true, t.TempDir(), eager("http://"+addr+"/orders"))
+		o := g.accept(t, "A-1")
+		tried(g, o.ID)
+		backendAt(t, addr, "--latency", "1ms")
+		require.Greater(t, g.await(t, o.ID, "saved").Attempts, 1)
+	})
+	for name, trouble := range map[string][2]string{
+		"connection cut": {`{"down": true}`, `{"down": false}`},
+		"time-out":       {`{"latency": "1m"}`, `{"latency": "1ms"}`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := backend(t, "--latency", "1ms")
+			b.control(t, trouble[0])
+			g := serve(t, true, t.TempDir(), eager(b.ordersURL()))
+			o := g.accept(t, "A-1")
+			tried(g, o.ID)
+			b.control(t, trouble[1])
+			require.Greater(t, g.await(t, o.ID, "saved").Attempts, 1)
+		})
+	}
+}
+
 func TestRetryAfterIsObeyed(t *testing.T) {
 	b := backend(t, "--latency", "1ms", "--retry-after", "2s")
 	g := serve(t, true, t.TempDir(), fast(b))
