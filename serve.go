@@ -51,6 +51,17 @@ func serveCommand() *cobra.Command {
 	return cmd
 }
 
+// topology is who gets which messages, on brokers that keep them: what one
+// module publishes waits for the other, whichever starts first.
+var topology = pubsub.Topology{
+	contract.TopicSubmitted: {contract.GroupDispatch},
+	contract.TopicOutcome:   {contract.GroupIntake},
+	contract.TopicPoison:    {groupPoison},
+}
+
+// groupPoison is the queue of messages that nobody could read, for an operator.
+const groupPoison = "poison"
+
 // ordersInFlight is how many messages dispatch takes from the broker: one for
 // each permit, and a margin of those whose attempt is over and whose outcome is
 // being stored. No permit is then idle while an outcome is committed.
@@ -135,7 +146,7 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 		return nil
 	})
 
-	bus, err := pubsub.Open(ctx, cfg.PubSub, logger)
+	bus, err := pubsub.Open(ctx, cfg.PubSub, topology, logger)
 	if err != nil {
 		return fmt.Errorf("open broker %s: %w", cfg.PubSub.Backend, err)
 	}
@@ -183,7 +194,7 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 	out.Register(router)
 	if !bus.Durable() {
 		// A broker that keeps nothing would refuse poison that nobody takes.
-		router.AddConsumerHandler("poison", contract.TopicPoison, bus.Subscriber("poison", 1), logPoison(logger))
+		router.AddConsumerHandler("poison", contract.TopicPoison, bus.Subscriber(groupPoison, 1), logPoison(logger))
 	}
 	if err := in.Register(router); err != nil {
 		return fmt.Errorf("set up intake: %w", err)

@@ -42,7 +42,7 @@ type gateway struct {
 // startGateway runs the module against a backend until the end of the test.
 func startGateway(t *testing.T, backendURL string, concurrency int, deps dispatch.Deps) *gateway {
 	t.Helper()
-	broker, err := pubsub.Open(t.Context(), pubsub.DefaultConfig(), deps.Logger)
+	broker, err := pubsub.Open(t.Context(), pubsub.DefaultConfig(), nil, deps.Logger)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, broker.Close()) })
 

@@ -60,7 +60,7 @@ func BenchmarkAccept(b *testing.B) {
 func acceptRate(b *testing.B, driver string, connections, orders int) float64 {
 	b.Helper()
 	logger := slog.New(slog.DiscardHandler)
-	bus, err := pubsub.Open(b.Context(), pubsub.DefaultConfig(), logger)
+	bus, err := pubsub.Open(b.Context(), pubsub.DefaultConfig(), nil, logger)
 	require.NoError(b, err)
 	// A consumer that never comes to an end: the relay fills its window, and
 	// then there is only the accepting of orders.

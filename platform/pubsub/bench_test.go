@@ -25,7 +25,7 @@ func BenchmarkThroughput(b *testing.B) {
 	})
 	for _, maxInFlight := range []int{1, 64, 500} {
 		b.Run("subscriber "+strconv.Itoa(maxInFlight), func(b *testing.B) {
-			p, err := pubsub.Open(b.Context(), pubsub.DefaultConfig(), slog.New(slog.DiscardHandler))
+			p, err := pubsub.Open(b.Context(), pubsub.DefaultConfig(), nil, slog.New(slog.DiscardHandler))
 			require.NoError(b, err)
 			out, err := p.Subscriber("g", maxInFlight).Subscribe(b.Context(), "topic")
 			require.NoError(b, err)
@@ -37,7 +37,7 @@ func BenchmarkThroughput(b *testing.B) {
 
 // BenchmarkConfirmed waits for the ack of each message, 64 at a time.
 func BenchmarkConfirmed(b *testing.B) {
-	p, err := pubsub.Open(b.Context(), pubsub.DefaultConfig(), slog.New(slog.DiscardHandler))
+	p, err := pubsub.Open(b.Context(), pubsub.DefaultConfig(), nil, slog.New(slog.DiscardHandler))
 	require.NoError(b, err)
 	out, err := p.Subscriber("g", 64).Subscribe(b.Context(), "topic")
 	require.NoError(b, err)

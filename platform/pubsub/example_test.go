@@ -14,7 +14,7 @@ import (
 // leaving one half done.
 func Example() {
 	ctx := context.Background()
-	p, err := pubsub.Open(ctx, pubsub.DefaultConfig(), slog.New(slog.DiscardHandler))
+	p, err := pubsub.Open(ctx, pubsub.DefaultConfig(), nil, slog.New(slog.DiscardHandler))
 	if err != nil {
 		fmt.Println(err)
 		return

@@ -125,24 +125,24 @@ func (g *goChannel) refusal(topic string, err error) error {
 	return fmt.Errorf("publish to %s: %w", topic, err)
 }
 
-func (g *goChannel) subscribe(ctx context.Context, group, topic string) (<-chan *message.Message, source, error) {
+func (g *goChannel) subscribe(ctx context.Context, d demand) (<-chan *message.Message, source, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if isClosed(g.closing) {
 		return nil, nil, ErrClosed
 	}
-	if _, ok := g.topics[topic][group]; ok {
+	if _, ok := g.topics[d.topic][d.group]; ok {
 		return nil, nil, errors.New("the group is subscribed already, and would get a second copy of each message")
 	}
-	messages, err := g.library.Subscribe(ctx, topic)
+	messages, err := g.library.Subscribe(ctx, d.topic)
 	if err != nil {
 		return nil, nil, err
 	}
-	src := &goSource{broker: g, group: group, topic: topic, ended: ctx.Done(), entries: make(map[string]*entry)}
-	if g.topics[topic] == nil {
-		g.topics[topic] = make(map[string]*goSource)
+	src := &goSource{broker: g, group: d.group, topic: d.topic, ended: ctx.Done(), entries: make(map[string]*entry)}
+	if g.topics[d.topic] == nil {
+		g.topics[d.topic] = make(map[string]*goSource)
 	}
-	g.topics[topic][group] = src
+	g.topics[d.topic][d.group] = src
 	return messages, src, nil
 }
 

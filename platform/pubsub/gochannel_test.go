@@ -26,7 +26,7 @@ func TestConfig(t *testing.T) {
 		cfg.Backend = "carrier-pigeon"
 		const want = `pubsub.backend: must be one of gochannel, is "carrier-pigeon"`
 		require.EqualError(t, cfg.Validate(), want)
-		_, err := pubsub.Open(t.Context(), cfg, slog.New(slog.DiscardHandler))
+		_, err := pubsub.Open(t.Context(), cfg, nil, slog.New(slog.DiscardHandler))
 		require.EqualError(t, err, want)
 	})
 
@@ -39,7 +39,7 @@ func TestConfig(t *testing.T) {
 	t.Run("open gives up with its context", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		_, err := pubsub.Open(ctx, pubsub.DefaultConfig(), slog.New(slog.DiscardHandler))
+		_, err := pubsub.Open(ctx, pubsub.DefaultConfig(), nil, slog.New(slog.DiscardHandler))
 		require.ErrorIs(t, err, context.Canceled)
 	})
 }

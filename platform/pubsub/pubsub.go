@@ -57,6 +57,11 @@ func (c Config) Validate() error {
 	}
 }
 
+// Topology names the consumer groups of each topic whose messages a durable
+// broker must keep from the first one on, whether or not one of their processes
+// is running. Groups that are not in it are kept from their first Subscribe on.
+type Topology map[string][]string
+
 // PubSub is an open broker. It is safe for concurrent use.
 type PubSub struct {
 	name    string
@@ -81,19 +86,28 @@ type backend interface {
 	confirm(topic string, msgs []*message.Message) error
 	// subscribe gives the library's messages for a group, until ctx ends. The
 	// channel must not be buffered: what is in it is taken.
-	subscribe(ctx context.Context, group, topic string) (<-chan *message.Message, source, error)
+	subscribe(ctx context.Context, d demand) (<-chan *message.Message, source, error)
 	health(ctx context.Context) error
 	// close waits for the library. The PubSub's closing, which makes waiting
 	// publishers return, is closed before.
 	close() error
 }
 
-// Open connects to the broker that cfg names; ctx bounds how long that may
-// take, and nothing after it. The caller must Close what Open returns.
-func Open(ctx context.Context, cfg Config, logger *slog.Logger) (*PubSub, error) {
+// demand is what a subscription wants of the broker.
+type demand struct {
+	group, topic string
+	maxInFlight  int        // most messages with the consumer at a time
+	free         func() int // how many more it has room for now
+}
+
+// Open connects to the broker that cfg names and sees to it that it keeps the
+// messages of the topology; ctx bounds how long that may take, and nothing
+// after it. The caller must Close what Open returns.
+func Open(ctx context.Context, cfg Config, topology Topology, logger *slog.Logger) (*PubSub, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("open pubsub %s: %w", cfg.Backend, err)
 	}
+	_ = topology // a broker that keeps nothing has nothing to prepare
 	p := &PubSub{name: cfg.Backend, closing: make(chan struct{})}
 	switch cfg.Backend {
 	case BackendGoChannel:

@@ -180,7 +180,9 @@ func (s *Subscriber) subscribe(ctx context.Context, topic string) (*subscription
 		return nil, errStopped
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	in, src, err := s.pubsub.backend.subscribe(ctx, s.group, topic)
+	slots := make(chan struct{}, s.maxInFlight)
+	in, src, err := s.pubsub.backend.subscribe(ctx, demand{group: s.group, topic: topic, maxInFlight: s.maxInFlight,
+		free: func() int { return s.maxInFlight - len(slots) }})
 	if err != nil {
 		cancel()
 		return nil, err
@@ -189,7 +191,7 @@ func (s *Subscriber) subscribe(ctx context.Context, topic string) (*subscription
 		in:     in,
 		source: src,
 		out:    make(chan *message.Message),
-		slots:  make(chan struct{}, s.maxInFlight),
+		slots:  slots,
 		cancel: cancel,
 		done:   make(chan struct{}),
 	}
