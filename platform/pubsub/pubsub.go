@@ -35,21 +35,25 @@ var ErrNoSubscriber = errors.New("no subscriber takes the messages of this topic
 
 // Config says which broker to use.
 type Config struct {
-	// Backend names the broker: "gochannel". Default: "gochannel".
+	// Backend names the broker: "amqp" or "gochannel". Default: "gochannel".
 	Backend string `koanf:"backend"`
+	// AMQP holds the settings of the backend "amqp".
+	AMQP AMQPConfig `koanf:"amqp"`
 	// GoChannel holds the settings of the backend "gochannel".
 	GoChannel GoChannelConfig `koanf:"gochannel"`
 }
 
 // DefaultConfig needs no broker to be installed.
 func DefaultConfig() Config {
-	return Config{Backend: BackendGoChannel, GoChannel: defaultGoChannelConfig()}
+	return Config{Backend: BackendGoChannel, AMQP: defaultAMQPConfig(), GoChannel: defaultGoChannelConfig()}
 }
 
 // Validate returns every fault at once, each starting with its key, or nil.
 // Settings of a backend that is not in use are not looked at.
 func (c Config) Validate() error {
 	switch c.Backend {
+	case BackendAMQP:
+		return c.AMQP.validate()
 	case BackendGoChannel:
 		return c.GoChannel.validate()
 	default:
@@ -107,10 +111,16 @@ func Open(ctx context.Context, cfg Config, topology Topology, logger *slog.Logge
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("open pubsub %s: %w", cfg.Backend, err)
 	}
-	_ = topology // a broker that keeps nothing has nothing to prepare
 	p := &PubSub{name: cfg.Backend, closing: make(chan struct{})}
 	switch cfg.Backend {
-	case BackendGoChannel:
+	case BackendAMQP:
+		broker, err := openAMQP(ctx, cfg.AMQP, topology, p.closing, logger)
+		if err != nil {
+			return nil, fmt.Errorf("open pubsub %s: %w", cfg.Backend, err)
+		}
+		p.durable = true
+		p.backend = broker
+	case BackendGoChannel: // keeps nothing, so it has nothing to prepare
 		p.window = cfg.GoChannel.Window
 		p.backend = openGoChannel(p.closing, logger)
 	default:
@@ -225,7 +235,7 @@ func (p publisher) Publish(topic string, msgs ...*message.Message) error {
 func (p publisher) Close() error { return nil }
 
 func errUnknownBackend(name string) error {
-	backends := []string{BackendGoChannel}
+	backends := []string{BackendAMQP, BackendGoChannel}
 	slices.Sort(backends)
 	return fmt.Errorf("pubsub.backend: must be one of %s, is %q", strings.Join(backends, ", "), name)
 }

@@ -83,6 +83,8 @@ type delivery struct {
 	msg    *message.Message // the library's
 	id     string           // the source's own
 	number int              // 1 for the first delivery of the message
+
+	settled <-chan struct{} // the source's own
 }
 
 // Subscribe implements message.Subscriber. The returned channel is closed when
