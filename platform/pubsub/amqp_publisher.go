@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
 	wamqp "github.com/ThreeDotsLabs/watermill-amqp/v3/pkg/amqp"
@@ -21,6 +22,10 @@ const (
 	// publishTimeouts in a row, without a confirmation between them, make the
 	// connection a hung one.
 	publishTimeouts = 2
+	// mourning is how long a queue that has vanished is not made again. At once,
+	// and RabbitMQ moves the consumers of the old one to the new one, without
+	// telling them, where they get nothing. Left alone it cancels them.
+	mourning = 250 * time.Millisecond
 )
 
 // amqpSender is Watermill's Publisher on one link.
@@ -166,6 +171,10 @@ func (s *amqpSender) send(topic, number string, msg *message.Message) error {
 		if len(s.groups(topic)) == 0 {
 			return ErrNoSubscriber
 		}
+		select {
+		case <-time.After(mourning):
+		case <-s.link.lost:
+		}
 		if err := s.declare(topic); err != nil {
 			return s.failure(err)
 		}
@@ -215,7 +224,7 @@ func (s *amqpSender) ensure(topic string) error {
 }
 
 func (s *amqpSender) declare(topic string) error {
-	if err := s.cfg.declare(s.link.wrapper.Connection(), topic, s.groups(topic)...); err != nil {
+	if _, err := s.cfg.declare(s.link.wrapper.Connection(), topic, s.groups(topic)...); err != nil {
 		return err
 	}
 	s.mu.Lock()

@@ -33,7 +33,7 @@ func TestSuite(t *testing.T) {
 		config func(t *testing.T) pubsub.Config // a broker of its own for each call
 	}{
 		{name: pubsub.BackendGoChannel, config: func(*testing.T) pubsub.Config { return pubsub.DefaultConfig() }},
-		{name: pubsub.BackendAMQP, config: amqpConfig},
+		{name: pubsub.BackendAMQP, config: func(t *testing.T) pubsub.Config { return amqpConfig(t) }},
 	} {
 		t.Run(backend.name, func(t *testing.T) {
 			suite(t, func(t *testing.T) *pubsub.PubSub {
