@@ -57,7 +57,8 @@ type amqpLink struct {
 	blockedBy string // why the broker takes no messages, "" if it does
 }
 
-// connect makes a connection. It takes no longer than the time limit.
+// connect makes a connection. It takes no longer than the time limit, and gives
+// up with ctx, also in the middle of the handshake.
 func (b *amqpBroker) connect(ctx context.Context, purpose string) (*amqpLink, error) {
 	ctx, cancel := context.WithTimeout(ctx, b.cfg.Timeout)
 	defer cancel()
@@ -65,6 +66,7 @@ func (b *amqpBroker) connect(ctx context.Context, purpose string) (*amqpLink, er
 	properties.SetClientConnectionName("sluice " + purpose)
 	link := &amqpLink{lost: make(chan struct{})}
 	link.log = &amqpLog{LoggerAdapter: Logger(b.logger), link: link, said: make(map[string]time.Time)}
+	stop := func() bool { return true }
 	wrapper, err := wamqp.NewConnection(wamqp.ConnectionConfig{
 		AmqpURI: b.uri,
 		AmqpConfig: &amqp.Config{
@@ -77,10 +79,15 @@ func (b *amqpBroker) connect(ctx context.Context, purpose string) (*amqpLink, er
 					link.fail(errLinkLost)
 					runtime.Goexit()
 				}
-				return link.dial(ctx, address, b.tls)
+				conn, err := link.dial(ctx, address, b.tls)
+				if err == nil {
+					stop = context.AfterFunc(ctx, link.conn.cut)
+				}
+				return conn, err
 			},
 		},
 	}, link.log)
+	stop()
 	if err != nil {
 		if link.conn != nil {
 			link.conn.cut()
@@ -98,7 +105,7 @@ func (l *amqpLink) dial(ctx context.Context, address string, config *tls.Config)
 		return nil, err
 	}
 	if deadline, ok := ctx.Deadline(); ok {
-		_ = conn.SetDeadline(deadline) // the library lifts it after the handshake
+		_ = conn.SetDeadline(deadline) // the library lifts it after its handshake
 	}
 	if config != nil {
 		secured := tls.Client(conn, config)
@@ -172,16 +179,13 @@ func (l *amqpLink) err() error {
 
 // close ends the connection and returns when nothing of it is left. Gracefully
 // means that what was written before reaches the broker, if it listens.
-func (l *amqpLink) close(graceful bool, release ...func()) {
+func (l *amqpLink) close(graceful bool) {
 	l.fail(errLinkLost)
 	if graceful {
 		cut := time.AfterFunc(amqpFarewell, l.conn.cut)
 		defer cut.Stop()
 	} else {
 		l.conn.cut()
-	}
-	for _, f := range release {
-		f()
 	}
 	l.gate.Lock() // until the calls that are in the library are out of it
 	defer l.gate.Unlock()

@@ -66,7 +66,10 @@ func (b *amqpBroker) publishOn(ready func()) func(context.Context, *amqpLink) er
 		case <-ctx.Done():
 		}
 		err = link.err()
-		link.close(err == nil, func() { _ = sender.library.Close() }) // frees who waits for a channel of the pool
+		// The Publisher is not closed: a publish on its way could come upon a
+		// channel that was closed in good order, which it does not expect and
+		// panics. Its channels end with the connection.
+		link.close(err == nil)
 		return err
 	}
 }

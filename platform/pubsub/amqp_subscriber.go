@@ -80,6 +80,8 @@ func (b *amqpBroker) subscribe(ctx context.Context, d demand) (<-chan *message.M
 	case err = <-refused:
 	case <-ctx.Done():
 		err = ctx.Err()
+	case <-b.closing:
+		err = ErrClosed
 	case <-timer.C:
 		err = errors.Join(errors.New("the broker does not answer"), b.status.err())
 	}

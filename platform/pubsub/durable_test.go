@@ -278,6 +278,17 @@ func durable(t *testing.T, broker durableBroker) {
 		require.ErrorContains(t, err, "connection refused")
 	})
 
+	t.Run("and for one that accepts connections and says nothing", func(t *testing.T) {
+		cfg, _, proxy := proxied(t)
+		proxy.Hang(true)
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		began := time.Now()
+		_, err := pubsub.Open(ctx, cfg, topology, slog.New(slog.DiscardHandler))
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.Less(t, time.Since(began), 5*time.Second)
+	})
+
 	t.Run("survives cuts in the middle of traffic", func(t *testing.T) {
 		const messages, cuts = 1500, 3
 		cfg, _, proxy := proxied(t)
