@@ -227,7 +227,7 @@ func (s *amqpSender) ensure(topic string) error {
 }
 
 func (s *amqpSender) declare(topic string) error {
-	if _, err := s.cfg.declare(s.link.wrapper.Connection(), topic, s.groups(topic)...); err != nil {
+	if err := s.cfg.declare(s.link.wrapper.Connection(), topic, s.groups(topic)...); err != nil {
 		return err
 	}
 	s.mu.Lock()

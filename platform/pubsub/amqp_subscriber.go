@@ -20,9 +20,6 @@ const (
 	// longestHold is how long a message may wait here for the consumer to take
 	// it. RabbitMQ closes the channel of one that is not acked for 30 minutes.
 	longestHold = 10 * time.Minute
-	// amqpCheck is how often it is checked that the queue is there, and that
-	// who waits for messages gets those that wait for him.
-	amqpCheck = 4 * time.Second
 )
 
 // spareLanes is how many subscriptions there are beyond those that the consumer
@@ -92,80 +89,34 @@ func (b *amqpBroker) subscribe(ctx context.Context, d demand) (<-chan *message.M
 // consume has messages taken on a link. It returns nil when nothing more shall
 // be taken and all that was taken is settled, and an error when the link is lost.
 func (s *amqpSource) consume(ctx context.Context, link *amqpLink, name string, lanes int, ready func()) error {
-	if _, err := s.declare(link); err != nil {
+	err := link.do(func() error {
+		return s.broker.cfg.declare(link.wrapper.Connection(), s.topic, s.group)
+	})
+	if err != nil {
 		link.close(false)
 		return err
 	}
 	s.broker.status.up(name, link)
 	ready()
-	var all, watcher sync.WaitGroup
-	traffic := &amqpTraffic{}
+	var all sync.WaitGroup
 	for range lanes {
-		all.Go(func() { s.lane(link, traffic) })
+		all.Go(func() { s.lane(link) })
 	}
 	settled := make(chan struct{})
 	go func() { defer close(settled); all.Wait() }()
-	watcher.Go(func() { s.watch(link, traffic, settled) })
-	defer watcher.Wait()
 	select {
 	case <-settled:
 	case <-link.lost:
 	case <-ctx.Done():
 	}
-	err := link.err()
+	err = link.err()
 	link.close(err == nil)
 	<-settled
 	return err
 }
 
-// amqpTraffic is what moves on a link.
-type amqpTraffic struct {
-	idle     atomic.Int64 // lanes that wait for a message
-	received atomic.Int64 // messages
-}
-
-// watch looks after the queue until the lanes are settled, and gives the link up
-// when messages wait in the queue and lanes for messages, and nothing moves.
-func (s *amqpSource) watch(link *amqpLink, traffic *amqpTraffic, settled <-chan struct{}) {
-	ticker := time.NewTicker(amqpCheck)
-	defer ticker.Stop()
-	stuck := false
-	for received := traffic.received.Load(); ; received = traffic.received.Load() {
-		select {
-		case <-ticker.C:
-		case <-settled:
-			return
-		case <-s.drained:
-			return
-		case <-link.lost:
-			return
-		}
-		waiting, err := s.declare(link)
-		if err != nil {
-			link.fail(fmt.Errorf("%w: %w", errLinkLost, err))
-			return
-		}
-		was := stuck
-		stuck = waiting > 0 && traffic.idle.Load() > 0 && traffic.received.Load() == received
-		if stuck && was {
-			link.fail(fmt.Errorf("%w: %d messages wait in the queue, and the broker sends none", errLinkLost, waiting))
-			return
-		}
-	}
-}
-
-// declare sees to it that the queue is there, and returns how many messages wait
-// in it.
-func (s *amqpSource) declare(link *amqpLink) (waiting int, err error) {
-	err = link.do(func() (err error) {
-		waiting, err = s.broker.cfg.declare(link.wrapper.Connection(), s.topic, s.group)
-		return err
-	})
-	return waiting, err
-}
-
 // lane is one subscription of the library.
-func (s *amqpSource) lane(link *amqpLink, traffic *amqpTraffic) {
+func (s *amqpSource) lane(link *amqpLink) {
 	var library *wamqp.Subscriber
 	var in <-chan *message.Message
 	err := link.do(func() (err error) {
@@ -183,7 +134,7 @@ func (s *amqpSource) lane(link *amqpLink, traffic *amqpTraffic) {
 		link.fail(fmt.Errorf("%w: subscribe: %w", errLinkLost, err))
 		return
 	}
-	s.forward(in, traffic)
+	s.forward(in)
 	var closing sync.WaitGroup
 	closing.Go(func() { _ = library.Close() }) // which waits for who sends to in
 	for msg := range in {
@@ -194,18 +145,15 @@ func (s *amqpSource) lane(link *amqpLink, traffic *amqpTraffic) {
 
 // forward offers the library's messages to the consumer, until nothing more
 // shall be taken or the library stops.
-func (s *amqpSource) forward(in <-chan *message.Message, traffic *amqpTraffic) {
+func (s *amqpSource) forward(in <-chan *message.Message) {
 	hold := time.NewTimer(longestHold)
 	defer hold.Stop()
 	for {
-		traffic.idle.Add(1)
 		select {
 		case msg, ok := <-in:
-			traffic.idle.Add(-1)
 			if !ok {
 				return
 			}
-			traffic.received.Add(1)
 			settled := msg.Context().Done() // asked for now, since receive changes it
 			hold.Reset(longestHold)
 			select {

@@ -39,37 +39,33 @@ func everything(string) string { return "#" }
 
 // declare makes the exchange of a topic and the queues of its groups. What
 // exists already is left as it is, unless it differs, which is an error.
-// It returns how many messages wait in those queues.
-func (c AMQPConfig) declare(connection *amqp.Connection, topic string, groups ...string) (int, error) {
+func (c AMQPConfig) declare(connection *amqp.Connection, topic string, groups ...string) error {
 	channel, err := connection.Channel()
 	if err != nil {
-		return 0, fmt.Errorf("declare %s: %w", topic, err)
+		return fmt.Errorf("declare %s: %w", topic, err)
 	}
 	defer channel.Close() //nolint:errcheck // nothing depends on it, and a refusal has closed it already
-	waiting, err := c.declareOn(channel, arguments(c.QueueType, connection), topic, groups...)
-	if err != nil {
-		return 0, fmt.Errorf("declare %s: %w", topic, err)
+	if err := c.declareOn(channel, arguments(c.QueueType, connection), topic, groups...); err != nil {
+		return fmt.Errorf("declare %s: %w", topic, err)
 	}
-	return waiting, nil
+	return nil
 }
 
-func (c AMQPConfig) declareOn(channel *amqp.Channel, arguments amqp.Table, topic string, groups ...string) (waiting int, err error) {
+func (c AMQPConfig) declareOn(channel *amqp.Channel, arguments amqp.Table, topic string, groups ...string) error {
 	exchange := c.exchange(topic)
 	if err := channel.ExchangeDeclare(exchange, amqp.ExchangeTopic, true, false, false, false, nil); err != nil {
-		return 0, fmt.Errorf("exchange %s: %w", exchange, err)
+		return fmt.Errorf("exchange %s: %w", exchange, err)
 	}
 	for _, group := range groups {
 		queue := c.queue(topic, group)
-		declared, err := channel.QueueDeclare(queue, true, false, false, false, arguments)
-		if err != nil {
-			return 0, fmt.Errorf("queue %s: %w", queue, err)
+		if _, err := channel.QueueDeclare(queue, true, false, false, false, arguments); err != nil {
+			return fmt.Errorf("queue %s: %w", queue, err)
 		}
 		if err := channel.QueueBind(queue, everything(topic), exchange, false, nil); err != nil {
-			return 0, fmt.Errorf("bind queue %s: %w", queue, err)
+			return fmt.Errorf("bind queue %s: %w", queue, err)
 		}
-		waiting += declared.Messages
 	}
-	return waiting, nil
+	return nil
 }
 
 // arguments are those of every queue: no length limit, no time to live, and no
@@ -101,8 +97,7 @@ func (t *lateTopology) BuildTopology(channel *amqp.Channel, params wamqp.BuildTo
 		t.begun = true
 		return nil
 	}
-	_, err := t.cfg.declareOn(channel, arguments(t.cfg.QueueType, t.connection), params.Topic, t.group)
-	return err
+	return t.cfg.declareOn(channel, arguments(t.cfg.QueueType, t.connection), params.Topic, t.group)
 }
 
 // ExchangeDeclare implements wamqp.TopologyBuilder.
