@@ -100,7 +100,7 @@ func (s *amqpSource) consume(ctx context.Context, link *amqpLink, name string, l
 	ready()
 	var all sync.WaitGroup
 	for range lanes {
-		all.Go(func() { s.lane(link) })
+		all.Go(func() { s.lane(ctx, link) })
 	}
 	settled := make(chan struct{})
 	go func() { defer close(settled); all.Wait() }()
@@ -108,6 +108,14 @@ func (s *amqpSource) consume(ctx context.Context, link *amqpLink, name string, l
 	case <-settled:
 	case <-link.lost:
 	case <-ctx.Done():
+		// The library's subscriptions end before its connection does: they
+		// read without a lock what the end of the connection changes.
+		select {
+		case <-settled:
+		case <-link.lost:
+		case <-time.After(amqpFarewell):
+			link.fail(fmt.Errorf("%w: the broker does not answer", errLinkLost))
+		}
 	}
 	err = link.err()
 	link.close(err == nil)
@@ -116,7 +124,7 @@ func (s *amqpSource) consume(ctx context.Context, link *amqpLink, name string, l
 }
 
 // lane is one subscription of the library.
-func (s *amqpSource) lane(link *amqpLink) {
+func (s *amqpSource) lane(ctx context.Context, link *amqpLink) {
 	var library *wamqp.Subscriber
 	var in <-chan *message.Message
 	err := link.do(func() (err error) {
@@ -134,7 +142,7 @@ func (s *amqpSource) lane(link *amqpLink) {
 		link.fail(fmt.Errorf("%w: subscribe: %w", errLinkLost, err))
 		return
 	}
-	s.forward(in)
+	s.forward(ctx, in)
 	var closing sync.WaitGroup
 	closing.Go(func() { _ = library.Close() }) // which waits for who sends to in
 	for msg := range in {
@@ -145,7 +153,7 @@ func (s *amqpSource) lane(link *amqpLink) {
 
 // forward offers the library's messages to the consumer, until nothing more
 // shall be taken or the library stops.
-func (s *amqpSource) forward(in <-chan *message.Message) {
+func (s *amqpSource) forward(ctx context.Context, in <-chan *message.Message) {
 	hold := time.NewTimer(longestHold)
 	defer hold.Stop()
 	for {
@@ -158,15 +166,24 @@ func (s *amqpSource) forward(in <-chan *message.Message) {
 			hold.Reset(longestHold)
 			select {
 			case s.out <- msg:
-				<-settled
+				select {
+				case <-settled:
+				case <-ctx.Done():
+					return
+				}
 			case <-hold.C:
 				msg.Nack()
 			case <-settled: // the link is lost
 			case <-s.drained:
 				msg.Nack()
 				return
+			case <-ctx.Done():
+				msg.Nack()
+				return
 			}
 		case <-s.drained:
+			return
+		case <-ctx.Done():
 			return
 		}
 	}
