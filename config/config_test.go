@@ -88,6 +88,7 @@ func TestTheKeysOfTheContractExist(t *testing.T) {
 		"http.addr": ":8080", "http.admin_addr": "127.0.0.1:8081", "http.tls_cert": "", "http.tls_key": "", "http.shutdown_timeout": "30s",
 		"store.driver": "sqlite", "store.dsn": "data/sluice.db", "store.retention": "720h",
 		"pubsub.backend": "gochannel", "pubsub.gochannel.window": "10000",
+		"pubsub.sql.dsn": "", "pubsub.sql.prefix": "sluice",
 		"intake.schema": "", "intake.order_number_pointer": "/orderNumber", "intake.max_body": "1MiB",
 		"intake.max_backlog": "0", "intake.max_wait": "30s", "intake.sync_limit": "0",
 		"dispatch.concurrency": "64", "dispatch.max_response": "64KiB",
@@ -148,6 +149,33 @@ func TestSecretsAreNotPrinted(t *testing.T) {
 	} {
 		require.Contains(t, string(text), shown)
 	}
+}
+
+func TestTheBrokersDatabaseIsTheStoresUnlessItIsNamed(t *testing.T) {
+	const store, own = "postgres://sluice:hunter2@store/orders", "postgresql://sluice:hunter2@broker/messages"
+	tests := []struct {
+		name  string
+		flags map[string]string
+		want  string
+	}{
+		{"the store's", map[string]string{"pubsub.backend": "sql", "store.dsn": store}, store},
+		{"its own", map[string]string{"pubsub.backend": "sql", "store.dsn": store, "pubsub.sql.dsn": own}, own},
+		{"none for another broker", map[string]string{"store.dsn": store}, ""},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			cfg, err := config.Load("", nil, test.flags)
+			require.NoError(t, err)
+			require.Equal(t, test.want, cfg.PubSub.SQL.DSN)
+			text, err := cfg.YAML()
+			require.NoError(t, err)
+			require.NotContains(t, string(text), "hunter2")
+		})
+	}
+
+	_, err := config.Load("", nil, map[string]string{"pubsub.backend": "sql", "pubsub.sql.prefix": "Sluice-1"})
+	require.EqualError(t, err, "pubsub.sql.dsn: must be an address such as postgres://user:password@host:5432/database; it can stay empty where store.dsn is one\n"+
+		`pubsub.sql.prefix: must be 1 to 40 characters of a-z, 0-9 and _, and begin with no digit, is "Sluice-1" (flag --pubsub-sql-prefix)`)
 }
 
 func TestFlags(t *testing.T) {

@@ -35,15 +35,17 @@ var ErrNoSubscriber = errors.New("no subscriber takes the messages of this topic
 
 // Config says which broker to use.
 type Config struct {
-	// Backend names the broker: "gochannel". Default: "gochannel".
+	// Backend names the broker: "gochannel" or "sql". Default: "gochannel".
 	Backend string `koanf:"backend"`
 	// GoChannel holds the settings of the backend "gochannel".
 	GoChannel GoChannelConfig `koanf:"gochannel"`
+	// SQL holds the settings of the backend "sql".
+	SQL SQLConfig `koanf:"sql"`
 }
 
 // DefaultConfig needs no broker to be installed.
 func DefaultConfig() Config {
-	return Config{Backend: BackendGoChannel, GoChannel: defaultGoChannelConfig()}
+	return Config{Backend: BackendGoChannel, GoChannel: defaultGoChannelConfig(), SQL: defaultSQLConfig()}
 }
 
 // Validate returns every fault at once, each starting with its key, or nil.
@@ -52,6 +54,8 @@ func (c Config) Validate() error {
 	switch c.Backend {
 	case BackendGoChannel:
 		return c.GoChannel.validate()
+	case BackendSQL:
+		return c.SQL.validate()
 	default:
 		return errUnknownBackend(c.Backend)
 	}
@@ -107,12 +111,18 @@ func Open(ctx context.Context, cfg Config, topology Topology, logger *slog.Logge
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("open pubsub %s: %w", cfg.Backend, err)
 	}
-	_ = topology // a broker that keeps nothing has nothing to prepare
 	p := &PubSub{name: cfg.Backend, closing: make(chan struct{})}
 	switch cfg.Backend {
-	case BackendGoChannel:
+	case BackendGoChannel: // keeps nothing, so it has nothing to prepare
 		p.window = cfg.GoChannel.Window
 		p.backend = openGoChannel(p.closing, logger)
+	case BackendSQL:
+		broker, err := openSQL(ctx, cfg.SQL, topology, p.closing, logger)
+		if err != nil {
+			return nil, fmt.Errorf("open pubsub %s: %w", cfg.Backend, err)
+		}
+		p.durable = true
+		p.backend = broker
 	default:
 		return nil, errUnknownBackend(cfg.Backend)
 	}
@@ -225,7 +235,7 @@ func (p publisher) Publish(topic string, msgs ...*message.Message) error {
 func (p publisher) Close() error { return nil }
 
 func errUnknownBackend(name string) error {
-	backends := []string{BackendGoChannel}
+	backends := []string{BackendGoChannel, BackendSQL}
 	slices.Sort(backends)
 	return fmt.Errorf("pubsub.backend: must be one of %s, is %q", strings.Join(backends, ", "), name)
 }

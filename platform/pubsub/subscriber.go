@@ -72,6 +72,9 @@ type source interface {
 	// subscription is still there to take it.
 	ack(d delivery)
 	nack(d delivery)
+	// release gives back a delivery that never reached the consumer, which is
+	// not to count as one.
+	release(d delivery)
 	// drain says that no further message will be taken, close that the
 	// subscription is over. Deliveries may still be settled after either.
 	drain()
@@ -257,7 +260,7 @@ func (s *Subscriber) handOut(ctx context.Context, sub *subscription, msg *messag
 
 	// A select with several open cases picks any of them: ask first.
 	if isClosed(s.draining) || isClosed(ctx.Done()) {
-		sub.source.nack(d)
+		sub.source.release(d)
 		return false
 	}
 	// Counted before it is offered: a consumer that looks sees itself, and a
@@ -271,7 +274,7 @@ func (s *Subscriber) handOut(ctx context.Context, sub *subscription, msg *messag
 	case <-s.draining:
 	case <-ctx.Done():
 	}
-	sub.source.nack(d)
+	sub.source.release(d)
 	s.count(-1)
 	return false
 }
