@@ -88,7 +88,7 @@ func TestTheKeysOfTheContractExist(t *testing.T) {
 		"http.addr": ":8080", "http.admin_addr": "127.0.0.1:8081", "http.tls_cert": "", "http.tls_key": "", "http.shutdown_timeout": "30s",
 		"store.driver": "sqlite", "store.dsn": "data/sluice.db", "store.retention": "720h",
 		"pubsub.backend": "gochannel", "pubsub.gochannel.window": "10000",
-		"pubsub.sql.dsn": "", "pubsub.sql.prefix": "sluice",
+		"pubsub.sql.dsn": "", "pubsub.sql.prefix": "sluice", "pubsub.sql.timeout": "10s",
 		"intake.schema": "", "intake.order_number_pointer": "/orderNumber", "intake.max_body": "1MiB",
 		"intake.max_backlog": "0", "intake.max_wait": "30s", "intake.sync_limit": "0",
 		"dispatch.concurrency": "64", "dispatch.max_response": "64KiB",

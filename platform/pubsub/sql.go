@@ -34,9 +34,13 @@ type SQLConfig struct {
 	// Prefix begins the names of all tables: lower-case letters, digits and
 	// underscores, at most 40 of them. Default: sluice.
 	Prefix string `koanf:"prefix"`
+	// Timeout bounds a publish, from the call to the commit. Default: 10s.
+	Timeout time.Duration `koanf:"timeout"`
 }
 
-func defaultSQLConfig() SQLConfig { return SQLConfig{Prefix: "sluice"} }
+func defaultSQLConfig() SQLConfig {
+	return SQLConfig{Prefix: "sluice", Timeout: 10 * time.Second}
+}
 
 // prefixPattern is what needs no quotes in SQL and leaves room in the 63 bytes
 // of a name.
@@ -51,6 +55,9 @@ func (c SQLConfig) validate() error {
 	}
 	if !prefixPattern.MatchString(c.Prefix) {
 		faults = append(faults, fmt.Errorf("pubsub.sql.prefix: must be 1 to 40 characters of a-z, 0-9 and _, and begin with no digit, is %q", c.Prefix))
+	}
+	if c.Timeout <= 0 {
+		faults = append(faults, fmt.Errorf("pubsub.sql.timeout: must be above 0, is %s", c.Timeout))
 	}
 	return errors.Join(faults...)
 }
@@ -79,11 +86,11 @@ func IsPostgres(dsn string) bool {
 // What takes how long. Leases are the database's business and end by its clock
 // (see sql_schema.go); these are this process's patience.
 const (
-	publishTimeout = 10 * time.Second // of a Publish, from the call on
+	declareTimeout = 10 * time.Second // of making tables, which waits for others who do
 	claimTimeout   = 10 * time.Second // of one claim, after which its connection is given up
 	settleTimeout  = 4 * time.Second  // of one statement for messages that are held: with heartbeatEvery, less than a lease
-	healthTimeout  = 2 * time.Second
-	flushTimeout   = 5 * time.Second // for what is still to be written when the broker is closed
+	healthTimeout  = 2 * time.Second  // or half of the configured timeout, if that is less
+	flushTimeout   = 4 * time.Second  // for what is still to be written when the broker is closed
 	retryEvery     = 500 * time.Millisecond
 )
 
@@ -95,6 +102,7 @@ type sqlBroker struct {
 	db       *sql.DB
 	names    sqlNames
 	connect  *pgx.ConnConfig // for the connection that listens
+	timeout  time.Duration   // of a Publish
 	instance string          // tells our own notifications from those of others
 	logger   *slog.Logger
 	closing  <-chan struct{} // the PubSub's
@@ -130,6 +138,7 @@ func openSQL(ctx context.Context, cfg SQLConfig, topology Topology, closing <-ch
 		db:       openPool(connect),
 		names:    sqlNames{prefix: cfg.Prefix},
 		connect:  connect,
+		timeout:  cfg.Timeout,
 		instance: uuid.NewString(),
 		logger:   logger.With("host", connect.Host, "database", connect.Database),
 		closing:  closing,
@@ -142,7 +151,7 @@ func openSQL(ctx context.Context, cfg SQLConfig, topology Topology, closing <-ch
 		notify:   make(map[sqlQueue]struct{}),
 	}
 	b.outage.logger, b.outage.closing = b.logger, closing
-	if b.publisher, err = librarysql.NewPublisher(sqlWriter{b.db, life}, librarysql.PublisherConfig{SchemaAdapter: sqlInserts{b.names}}, nil); err != nil {
+	if b.publisher, err = librarysql.NewPublisher(sqlWriter{b.db, life, cfg.Timeout}, librarysql.PublisherConfig{SchemaAdapter: sqlInserts{b.names}}, nil); err != nil {
 		return nil, errors.Join(err, b.close())
 	}
 	if err := b.prepare(ctx, topology); err != nil {
@@ -193,7 +202,7 @@ func (b *sqlBroker) repair(ctx context.Context) error {
 	}
 	clear(b.groups)
 	b.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	ctx, cancel := context.WithTimeout(ctx, declareTimeout)
 	defer cancel()
 	b.logger.Warn("tables of the broker are missing and are made again; the messages in them are gone")
 	if err := migrate(ctx, b.db, b.names); err != nil {
@@ -212,7 +221,7 @@ func (b *sqlBroker) queue(ctx context.Context, group sqlGroup) (sqlQueue, error)
 		if ok {
 			return queue, nil
 		}
-		ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+		ctx, cancel := context.WithTimeout(ctx, declareTimeout)
 		err := b.declare(ctx, group)
 		cancel()
 		if err != nil {
@@ -259,7 +268,7 @@ func (b *sqlBroker) health(ctx context.Context) error {
 	if isClosed(b.closing) {
 		return ErrClosed
 	}
-	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
+	ctx, cancel := context.WithTimeout(ctx, min(healthTimeout, b.timeout/2))
 	defer cancel()
 	var readOnly bool
 	if err := b.db.QueryRowContext(ctx, `SELECT pg_is_in_recovery()`).Scan(&readOnly); err != nil {

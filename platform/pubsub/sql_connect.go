@@ -35,7 +35,7 @@ func sqlConnConfig(cfg SQLConfig) (*pgx.ConnConfig, error) {
 		"application_name": "sluice " + cfg.Prefix,
 		// Whatever is lost on the way, the server does not go on for ever, and
 		// a frozen process does not keep rows locked.
-		"statement_timeout":                   milliseconds(publishTimeout),
+		"statement_timeout":                   milliseconds(max(cfg.Timeout, declareTimeout)),
 		"idle_in_transaction_session_timeout": milliseconds(claimTimeout),
 		// A plan that was made while a queue was empty is kept after a million
 		// messages have come. Only one is right for both: by the index.

@@ -38,20 +38,25 @@ func (s *sqlSource) keep(ctx context.Context) {
 	defer s.broker.outage.over(s.work)
 	heartbeat := time.NewTicker(heartbeatEvery)
 	defer heartbeat.Stop()
+	// What is begun when the broker closes is brought to its end, if that does
+	// not take too long.
+	writing, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(flushTimeout, cancel) })()
 	var again <-chan time.Time // after a failure
 	for {
 		var err error
 		select {
 		case <-heartbeat.C:
-			err = s.extend(ctx)
+			err = s.extend(writing)
 		case <-s.work:
 		case <-again:
 		case <-ctx.Done():
-			s.finish(ctx)
+			s.finish(writing)
 			return
 		}
 		again = nil
-		if err = errors.Join(err, s.write(ctx)); err != nil {
+		if err = errors.Join(err, s.write(writing)); err != nil {
 			s.broker.outage.begin(s.work, err)
 			again = time.After(retryEvery)
 			continue
@@ -71,7 +76,8 @@ func (s *sqlSource) over() bool {
 }
 
 // finish is the end with messages still out, when the broker closes. They are
-// due again at once, for the next process, and marked as redelivered.
+// due again at once, for the next process, and marked as redelivered. It gives
+// up when ctx ends.
 func (s *sqlSource) finish(ctx context.Context) {
 	s.mu.Lock()
 	for _, h := range s.held {
@@ -82,8 +88,6 @@ func (s *sqlSource) finish(ctx context.Context) {
 	s.closed, s.gone = true, true
 	s.mu.Unlock()
 
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTimeout)
-	defer cancel()
 	for {
 		err := s.write(ctx)
 		if err == nil {
@@ -189,8 +193,7 @@ func (s *sqlSource) exec(ctx context.Context, statement func(table string) strin
 	for _, h := range holds {
 		ids[h.attempt] = append(ids[h.attempt], h.id)
 	}
-	// What is begun when the broker closes is brought to its end.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
+	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
 	queue, err := s.broker.queue(ctx, s.group)
 	if err != nil {

@@ -132,7 +132,7 @@ func (b *sqlBroker) await(ctx context.Context, in *batch[*message.Message]) erro
 	case ctx.Err() != nil:
 		return ctx.Err()
 	default:
-		return fmt.Errorf("no answer from the database within %s", publishTimeout)
+		return fmt.Errorf("no answer from the database within %s", b.timeout)
 	}
 }
 
@@ -155,7 +155,7 @@ func (b *sqlBroker) topic(name string) *sqlTopic {
 	t := b.topics[name]
 	if t == nil {
 		t = &sqlTopic{broker: b, name: name}
-		t.batches = &batcher[*message.Message]{flush: t.flush, weigh: size, limit: statementSize, flushers: publishFlushers, patience: publishTimeout}
+		t.batches = &batcher[*message.Message]{flush: t.flush, weigh: size, limit: statementSize, flushers: publishFlushers, patience: b.timeout}
 		b.topics[name] = t
 	}
 	return t
@@ -207,7 +207,7 @@ func (t *sqlTopic) currentRoute(ctx context.Context) (sqlRoute, error) {
 	if len(route) > 0 {
 		return route, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	ctx, cancel := context.WithTimeout(ctx, t.broker.timeout)
 	defer cancel()
 	route, err := t.broker.readRoute(ctx, t.name)
 	if isUndefinedTable(err) {
@@ -247,12 +247,13 @@ func (b *sqlBroker) readRoute(ctx context.Context, topic string) (sqlRoute, erro
 // statements no time limit and does not look at their results.
 type sqlWriter struct {
 	*sql.DB
-	life context.Context // the broker's, for lack of a caller's
+	life    context.Context // the broker's, for lack of a caller's
+	timeout time.Duration
 }
 
 // ExecContext fails with errRouteChanged when nothing was written.
 func (w sqlWriter) ExecContext(_ context.Context, query string, args ...any) (sql.Result, error) {
-	ctx, cancel := context.WithTimeout(w.life, publishTimeout)
+	ctx, cancel := context.WithTimeout(w.life, w.timeout)
 	defer cancel()
 	result, err := w.DB.ExecContext(ctx, query, args...)
 	if err != nil {

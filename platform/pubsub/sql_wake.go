@@ -16,7 +16,7 @@ const (
 	pollEvery = time.Second
 	// notifyEvery is the least time between two notifications of a process. The
 	// server hands out one at a time, each to every listener.
-	notifyEvery = 10 * time.Millisecond
+	notifyEvery = 5 * time.Millisecond
 	// listenCheck is how long the listening connection may be silent before it
 	// is asked whether it is still there.
 	listenCheck = 15 * time.Second
