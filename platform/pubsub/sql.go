@@ -86,12 +86,13 @@ func IsPostgres(dsn string) bool {
 // What takes how long. Leases are the database's business and end by its clock
 // (see sql_schema.go); these are this process's patience.
 const (
-	declareTimeout = 10 * time.Second // of making tables, which waits for others who do
-	claimTimeout   = 10 * time.Second // of one claim, after which its connection is given up
-	settleTimeout  = 4 * time.Second  // of one statement for messages that are held: with heartbeatEvery, less than a lease
-	healthTimeout  = 2 * time.Second  // or half of the configured timeout, if that is less
-	flushTimeout   = 4 * time.Second  // for what is still to be written when the broker is closed
-	retryEvery     = 500 * time.Millisecond
+	declareTimeout   = 10 * time.Second // of making tables, which waits for others who do
+	claimTimeout     = 10 * time.Second // of one claim, after which its connection is given up
+	lastClaimTimeout = 2 * time.Second  // of the one that is under way when the subscription ends
+	settleTimeout    = 4 * time.Second  // of one statement for messages that are held: with heartbeatEvery, less than a lease
+	healthTimeout    = 2 * time.Second  // or half of the configured timeout, if that is less
+	flushTimeout     = 4 * time.Second  // for what is still to be written when the broker is closed
+	retryEvery       = 500 * time.Millisecond
 )
 
 // sqlBroker is Watermill's SQL publisher and subscriber over tables of its own

@@ -84,8 +84,7 @@ func newSQLSource(b *sqlBroker, group sqlGroup, limit int) *sqlSource {
 		beaten:  time.Now(),
 		held:    make(map[*message.Message]*sqlHold),
 	}
-	s.claims = &sqlClaims{DB: b.db, source: s, watchdog: time.AfterFunc(time.Hour, func() {})}
-	s.claims.watchdog.Stop()
+	s.claims = &sqlClaims{DB: b.db, source: s}
 	return s
 }
 
@@ -99,14 +98,17 @@ func (s *sqlSource) forward(ctx context.Context, library *librarysql.Subscriber)
 	s.stop()
 }
 
-// session is one subscription of the library. It ends with ctx, and when a
-// claim takes too long: the library would wait for ever for a server that
-// cannot be reached and does not say so.
+// session is one subscription of the library. It ends with ctx, though not in
+// the middle of a claim, whose messages nobody would have until their lease is
+// over; and it ends when a claim takes too long: the library would wait for ever
+// for a server that cannot be reached and does not say so.
 func (s *sqlSource) session(ctx context.Context, library *librarysql.Subscriber) {
-	session, cancel := context.WithCancel(ctx)
+	session, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
-	s.claims.watchdog = time.AfterFunc(time.Hour, cancel)
-	defer s.claims.watchdog.Stop()
+	watchdog := time.AfterFunc(time.Hour, cancel)
+	defer watchdog.Stop()
+	defer context.AfterFunc(ctx, func() { watchdog.Reset(lastClaimTimeout) })()
+	s.claims.watchdog, s.claims.ended, s.claims.end = watchdog, ctx.Done(), cancel
 	in, err := library.Subscribe(session, librarysTopic)
 	if err != nil { // it refuses names of topics, but not this one
 		s.broker.outage.begin(s, err)
@@ -279,7 +281,9 @@ func poke(c chan<- struct{}) {
 type sqlClaims struct {
 	*sql.DB
 	source   *sqlSource
-	watchdog *time.Timer // ends the session when a claim takes too long
+	watchdog *time.Timer     // ends the session when a claim takes too long
+	ended    <-chan struct{} // closed when no more is to be claimed
+	end      func()          // ends the session
 	table    sqlQueue
 
 	cursor sqlCursor // the source's mu guards it
@@ -297,6 +301,7 @@ func (c *sqlClaims) BeginTx(ctx context.Context, opts *sql.TxOptions) (*sql.Tx, 
 	c.watchdog.Stop()
 	c.reset()
 	if err := c.await(ctx); err != nil {
+		c.end()
 		return nil, err
 	}
 	c.watchdog.Reset(claimTimeout)
@@ -308,23 +313,24 @@ func (c *sqlClaims) BeginTx(ctx context.Context, opts *sql.TxOptions) (*sql.Tx, 
 	return c.DB.BeginTx(ctx, opts)
 }
 
-// await blocks until a claim makes sense.
+// await blocks until a claim makes sense. Its error is that none ever will.
 func (c *sqlClaims) await(ctx context.Context) error {
 	for {
+		if isClosed(c.ended) || ctx.Err() != nil {
+			return context.Canceled
+		}
 		wait := c.wait()
 		if wait <= 0 {
-			return ctx.Err()
+			return nil
 		}
 		timer := time.NewTimer(wait)
 		select {
 		case <-c.source.changed:
 		case <-timer.C:
+		case <-c.ended:
 		case <-ctx.Done():
 		}
 		timer.Stop()
-		if err := ctx.Err(); err != nil {
-			return err
-		}
 	}
 }
 
