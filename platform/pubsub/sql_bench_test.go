@@ -39,23 +39,27 @@ func BenchmarkSQLPublish(b *testing.B) {
 }
 
 // BenchmarkSQLDrain takes messages that are there already, each with a
-// goroutine of its own, as the router does. share is the part of the ideal,
-// maxInFlight / handler time, that is reached.
+// goroutine of its own, as the router does, and handles so many at a time. Like
+// dispatch, it takes more messages than it handles. share is the part of the
+// ideal, concurrency / handler time, that is reached.
 func BenchmarkSQLDrain(b *testing.B) {
 	config := sqlConfigs(b)
 	for _, handler := range []time.Duration{0, 50 * time.Millisecond} {
-		for _, maxInFlight := range []int{64, 256, 500} {
-			b.Run(fmt.Sprintf("handler=%s/inflight=%d", handler, maxInFlight), func(b *testing.B) {
+		for _, concurrency := range []int{64, 256, 500} {
+			b.Run(fmt.Sprintf("handler=%s/concurrency=%d", handler, concurrency), func(b *testing.B) {
 				p := openSQLBenchmark(b, config())
 				publishBenchmark(b, p, b.N)
 				b.ResetTimer()
-				out, err := p.Subscriber("g", maxInFlight).Subscribe(b.Context(), "topic")
+				out, err := p.Subscriber("g", concurrency+max(64, concurrency/2)).Subscribe(b.Context(), "topic")
 				require.NoError(b, err)
+				permits := make(chan struct{}, concurrency)
 				var handlers sync.WaitGroup
 				for range b.N {
 					msg := <-out
 					handlers.Go(func() {
+						permits <- struct{}{}
 						<-time.After(handler)
+						<-permits
 						msg.Ack()
 					})
 				}
@@ -63,7 +67,7 @@ func BenchmarkSQLDrain(b *testing.B) {
 				rate := float64(b.N) / b.Elapsed().Seconds()
 				b.ReportMetric(rate, "msg/s")
 				if handler > 0 {
-					b.ReportMetric(rate*handler.Seconds()/float64(maxInFlight), "share")
+					b.ReportMetric(rate*handler.Seconds()/float64(concurrency), "share")
 				}
 			})
 		}

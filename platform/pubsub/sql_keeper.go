@@ -49,8 +49,9 @@ func (s *sqlSource) keep(ctx context.Context) {
 		select {
 		case <-heartbeat.C:
 			err = s.extend(writing)
-		case <-s.work:
 		case <-again:
+			err = s.extend(writing) // no claim is made before
+		case <-s.work:
 		case <-ctx.Done():
 			s.finish(writing)
 			return

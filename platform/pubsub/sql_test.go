@@ -82,14 +82,6 @@ func sqlWaiting(t *testing.T, cfg pubsub.Config, topic, group string) int {
 	return askSQL(t, cfg, `SELECT count(*) FROM `+sqlTable(t, cfg, topic, group)+` WHERE lease_until <= clock_timestamp()`)
 }
 
-func sqlUpstream(cfg pubsub.Config) string {
-	u, err := url.Parse(cfg.SQL.DSN)
-	if err != nil {
-		return ""
-	}
-	return u.Host
-}
-
 func TestSuiteOnSQL(t *testing.T) {
 	config := sqlConfigs(t)
 	suite(t, func(t *testing.T) *pubsub.PubSub {
@@ -358,6 +350,81 @@ func TestSQLLeasesAreExtended(t *testing.T) {
 	held.Ack()
 	require.NoError(t, first.Close())
 	require.Zero(t, askSQL(t, cfg, `SELECT count(*) FROM `+table))
+}
+
+// An outage that lasts longer than a lease: what is with a handler is not taken
+// for somebody else's afterwards, and the log has two lines.
+func TestSQLOutage(t *testing.T) {
+	t.Parallel() // it waits for a lease to end
+	cfg := sqlConfig(t)
+	table := func() string { return sqlTable(t, cfg, "topic", "g") }
+	log := new(sqlLog)
+	p, err := pubsub.Open(t.Context(), cfg, sqlTopology, slog.New(slog.NewTextHandler(log, nil)))
+	require.NoError(t, err)
+	out := subscribe(t, p.Subscriber("g", 4), "topic")
+	publishMany(t, p, "topic", 2)
+	held, acked := receive(t, out), receive(t, out)
+
+	admit := refuseSessions(t, cfg)
+	acked.Ack()
+	require.Error(t, p.Publisher().Publish("topic", newMessage("lost", "")))
+	require.Error(t, p.Health(t.Context()))
+	requireNotReceived(t, out, time.After(11*time.Second))
+	admit()
+
+	require.Eventually(t, func() bool { return p.Publisher().Publish("topic", newMessage("again", "")) == nil }, patience, 10*time.Millisecond)
+	require.Equal(t, "again", receiveAcked(t, out))
+	require.Eventually(t, func() bool {
+		return askSQL(t, cfg, `SELECT count(*) FROM `+table()) == 1
+	}, patience, 10*time.Millisecond)
+	require.Zero(t, sqlWaiting(t, cfg, "topic", "g"), "the lease is extended")
+	held.Ack()
+	require.Eventually(t, func() bool { return strings.Contains(log.String(), "works again") }, patience, time.Millisecond)
+	require.NoError(t, p.Close())
+	require.Zero(t, askSQL(t, cfg, `SELECT count(*) FROM `+table()))
+	require.Equal(t, 2, strings.Count(log.String(), "\n"), log.String())
+}
+
+// refuseSessions ends all sessions and refuses new ones, until the function that
+// it returns is called.
+func refuseSessions(t *testing.T, cfg pubsub.Config) (admit func()) {
+	t.Helper()
+	u, err := url.Parse(cfg.SQL.DSN)
+	require.NoError(t, err)
+	database := strings.TrimPrefix(u.Path, "/")
+	u.Path = "/postgres"
+	server := cfg
+	server.SQL.DSN = u.String()
+	onSQL(t, server, `ALTER DATABASE `+database+` ALLOW_CONNECTIONS false`)
+	onSQL(t, server, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1`, database)
+	return func() { onSQL(t, server, `ALTER DATABASE `+database+` ALLOW_CONNECTIONS true`) }
+}
+
+func requireNotReceived(t *testing.T, out <-chan *message.Message, end <-chan time.Time) {
+	t.Helper()
+	select {
+	case msg := <-out:
+		require.FailNow(t, "a message was handed out", "%v", msg)
+	case <-end:
+	}
+}
+
+// sqlLog is a log that can be read while it is written.
+type sqlLog struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *sqlLog) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *sqlLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
 }
 
 // What was claimed and not handed out was not delivered.
