@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -172,8 +173,8 @@ func (b *sqlBroker) prepare(ctx context.Context, topology Topology) error {
 		return err
 	}
 	var groups []sqlGroup
-	for topic, names := range topology {
-		for _, name := range names {
+	for _, topic := range slices.Sorted(maps.Keys(topology)) { // so that queues have the same numbers everywhere
+		for _, name := range topology[topic] {
 			groups = append(groups, sqlGroup{topic: topic, name: name})
 		}
 	}

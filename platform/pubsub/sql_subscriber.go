@@ -5,7 +5,6 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
@@ -172,7 +171,9 @@ func (s *sqlSource) next() (*sqlHold, *message.Message, chan<- *message.Message)
 func (s *sqlSource) handedOut(h *sqlHold) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.pending = slices.DeleteFunc(s.pending, func(other *sqlHold) bool { return other == h })
+	if len(s.pending) > 0 && s.pending[0] == h { // a drain may have emptied it
+		s.pending = s.pending[1:]
+	}
 }
 
 func (s *sqlSource) receive(msg *message.Message) delivery {
