@@ -166,9 +166,9 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 	outcomes := bus.Subscriber(contract.GroupIntake, outcomesInFlight)
 	in, err := intake.Open(ctx, cfg.Intake, cfg.Store, cfg.Dispatch.RetryConfig, intake.Deps{
 		Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator,
-		Direct: client, DirectTimeout: cfg.Backend.Timeout,
+		Direct: client, AttemptTimeout: cfg.Backend.Timeout,
 		Bus: intake.Bus{Publisher: traced(bus.Publisher()), Subscriber: outcomes, Poison: traced(bus.Publisher()),
-			Window: window(bus.Window(), ordersInFlight(cfg.Dispatch.Concurrency)), Durable: bus.Durable(), System: bus.Name(), Redelivered: pubsub.Redelivered},
+			Window: window(bus.Window(), ordersInFlight(cfg.Dispatch.Concurrency)), Carrier: bus.Name(), System: bus.Name(), Redelivered: pubsub.Redelivered},
 	})
 	if err != nil {
 		return err

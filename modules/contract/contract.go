@@ -40,6 +40,9 @@ const (
 	TypeRejected      = "order.rejected.v1"
 	TypeAttemptFailed = "order.attempt_failed.v1"
 	TypeDead          = "order.dead.v1"
+	// TypeMarker is no news of an order: see Marker. Who follows orders can
+	// ignore it.
+	TypeMarker = "intake.marker.v1"
 )
 
 // Sources, the values of the metadata key ce_source.
@@ -201,6 +204,44 @@ func DecodeOutcome(msg *message.Message) (Outcome, error) {
 		return Outcome{}, fmt.Errorf("%w %q: orderId is %q, attempt is %d", ErrUndecodable, msg.UUID, o.OrderID, o.Attempt)
 	}
 	return o, nil
+}
+
+// Marker goes the way of an order without being one: intake publishes it on
+// TopicSubmitted, dispatch passes it on to TopicOutcome, unchanged and without a
+// call of the backend, and when it is back at intake, whatever was published
+// before it has been handed out as well. That is how intake learns that silent
+// orders were lost on the way, and do not just wait in a long queue.
+type Marker struct {
+	SentAt time.Time `json:"sentAt"`
+	// LostBefore makes the marker the second of a pair: an order published
+	// before this time was handed out before the first one came back, and had
+	// all the time of an attempt since. If it is silent when this one comes
+	// back, it was lost. The zero time says nothing.
+	LostBefore time.Time `json:"lostBefore,omitzero"`
+}
+
+// Message encodes the marker for TopicSubmitted.
+func (m Marker) Message() (*message.Message, error) {
+	payload, err := json.Marshal(m)
+	if err != nil {
+		return nil, fmt.Errorf("encode marker: %w", err)
+	}
+	msg := message.NewMessage("marker."+strconv.FormatInt(m.SentAt.UnixMicro(), 10), payload)
+	stamp(msg, TypeMarker, sourceIntake, "", m.SentAt)
+	msg.Metadata.Set(keyContentType, "application/json")
+	return msg, nil
+}
+
+// IsMarker reports whether the message says that it is a marker.
+func IsMarker(msg *message.Message) bool { return msg.Metadata.Get(keyType) == TypeMarker }
+
+// DecodeMarker reads a marker. Its errors wrap ErrUndecodable.
+func DecodeMarker(msg *message.Message) (Marker, error) {
+	var m Marker
+	if err := json.Unmarshal(msg.Payload, &m); err != nil {
+		return Marker{}, fmt.Errorf("%w %q: %w", ErrUndecodable, msg.UUID, err)
+	}
+	return m, nil
 }
 
 func stamp(msg *message.Message, typ, source, subject string, at time.Time) {

@@ -138,8 +138,12 @@ func (m *Module) Stats() Stats {
 	return Stats{InFlight: m.limiter.InFlight(), Limit: m.limiter.Limit()}
 }
 
-// handle makes the attempt that a message asks for and returns its outcome.
+// handle makes the attempt that a message asks for and returns its outcome. A
+// marker has come here like an order, waited for its permit and goes on.
 func (m *Module) handle(msg *message.Message) ([]*message.Message, error) {
+	if contract.IsMarker(msg) {
+		return []*message.Message{msg.Copy()}, nil
+	}
 	order, err := contract.DecodeSubmitted(msg)
 	if err != nil {
 		return nil, err

@@ -152,14 +152,14 @@ func (m *Module) postOrderSync(w http.ResponseWriter, r *http.Request) {
 	// Should this process die, the order becomes due when the call must have
 	// ended, and goes on as an asynchronous one.
 	o.Direct = true
-	o.PublishAt = o.AcceptedAt.Add(m.deps.DirectTimeout + directMargin)
+	o.PublishAt = o.AcceptedAt.Add(m.deps.AttemptTimeout + directMargin)
 	mine := o
 	if o, ok = m.insert(w, r, o); !ok {
 		return
 	}
 	w.Header().Set("Location", location(o))
 	// The commit may have taken so long that the relay is about to take over.
-	if o != mine || time.Until(o.PublishAt) < m.deps.DirectTimeout {
+	if o != mine || time.Until(o.PublishAt) < m.deps.AttemptTimeout {
 		m.writeOrder(w, r, http.StatusAccepted, o)
 		return
 	}
@@ -485,8 +485,8 @@ func resourceOf(o *order) resource {
 		at := timestamp(o.FinishedAt)
 		res.FinishedAt = &at
 	}
-	if o.Status == contract.StatusRetrying && o.PublishAt.After(time.Now()) {
-		at := timestamp(o.PublishAt)
+	if next := o.nextAttempt(); next.After(time.Now()) {
+		at := timestamp(next)
 		res.NextAttemptAt = &at
 	}
 	if o.BackendStatus != 0 {

@@ -39,7 +39,7 @@ type Bus struct {
 	Subscriber  message.Subscriber // of outcomes, with intake's consumer group
 	Poison      message.Publisher  // of outcomes that cannot be read
 	Window      int                // most orders published and unfinished, 0 = no limit
-	Durable     bool               // messages outlive the process
+	Carrier     string             // names the broker and the place in it that has the messages
 	System      string             // the broker's name in traces
 	Redelivered func(*message.Message) bool
 }
@@ -57,10 +57,11 @@ type Deps struct {
 	MeterProvider  metric.MeterProvider
 	Propagator     propagation.TextMapPropagator
 	Bus            Bus
-	// Direct calls the backend for POST /orders/sync, and DirectTimeout is
-	// the longest that it takes.
-	Direct        Caller
-	DirectTimeout time.Duration
+	// Direct calls the backend for POST /orders/sync.
+	Direct Caller
+	// AttemptTimeout is the longest that a call of the backend takes, in this
+	// process or another.
+	AttemptTimeout time.Duration
 }
 
 // Module is intake, open and ready to be wired. Its methods are safe for
@@ -77,6 +78,7 @@ type Module struct {
 	store   store
 	writer  *writer
 	relay   *relay
+	sweeper *sweeper
 	waiters waiters
 	stats   *stats
 	bodies  *semaphore.Weighted // bytes of large bodies in memory
@@ -119,12 +121,13 @@ func newModule(ctx context.Context, cfg Config, storeCfg StoreConfig, retry Retr
 	}
 	m.writer = newWriter(s, m.committed)
 	m.relay = newRelay(s, m.writer, deps)
-	n, err := s.recover(ctx, now(), !deps.Bus.Durable)
+	m.sweeper = newSweeper(s, m.relay, deps)
+	n, err := s.recover(ctx, now())
 	if err != nil {
 		return nil, errors.Join(err, m.stats.close())
 	}
 	if n > 0 {
-		m.logger.Info("took over orders that were in flight when the last process ended", "orders", n)
+		m.logger.Info("took over orders of clients that were waiting for the backend when the last process ended", "orders", n)
 	}
 	return m, nil
 }
@@ -157,6 +160,8 @@ func (m *Module) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { m.relay.run(ctx) })
+	wg.Go(func() { m.relay.hold(ctx) })
+	wg.Go(func() { m.sweeper.run(ctx) })
 	wg.Go(func() { m.retain(ctx) })
 	wg.Go(func() { m.observe(ctx) })
 	<-ctx.Done()
@@ -215,7 +220,7 @@ func (m *Module) Stats(ctx context.Context) (Stats, error) {
 // returned, the router is closed and no request is under way.
 func (m *Module) Close() error {
 	m.writer.close()
-	return errors.Join(m.stats.close(), m.store.close())
+	return errors.Join(m.relay.close(), m.stats.close(), m.store.close())
 }
 
 // Routes adds the client's endpoints.

@@ -25,6 +25,9 @@ type memoryStore struct {
 	queue  btree.Map[dueKey, uuid.UUID]
 	wait   btree.Set[string] // unfinished orders
 	count  map[contract.Status]int64
+
+	published map[uuid.UUID]time.Time // unfinished orders that are marked
+	broker    string                  // that has them
 }
 
 type ownedKey struct{ owner, value string }
@@ -38,6 +41,8 @@ func newMemoryStore() *memoryStore {
 		number: map[ownedKey]uuid.UUID{},
 		key:    map[ownedKey]uuid.UUID{},
 		count:  map[contract.Status]int64{},
+
+		published: map[uuid.UUID]time.Time{},
 	}
 }
 
@@ -51,7 +56,7 @@ func (s *memoryStore) write(_ context.Context, changes []*change) error {
 	}
 	for _, c := range changes {
 		for _, m := range c.marks {
-			s.mark(m)
+			s.mark(m, c.publishedAt)
 		}
 	}
 	for _, c := range changes {
@@ -91,7 +96,7 @@ func (s *memoryStore) holder(o *order) (uuid.UUID, bool) {
 	return uuid.Nil, false
 }
 
-func (s *memoryStore) mark(m mark) {
+func (s *memoryStore) mark(m mark, at time.Time) {
 	found := s.at(m.id)
 	if found == nil || found.Attempts != m.attempts || (found.Status == contract.StatusDead) != m.dead {
 		return
@@ -100,6 +105,9 @@ func (s *memoryStore) mark(m mark) {
 	o.PublishAt = time.Time{}
 	o.Direct = false
 	s.put(&o)
+	if !m.dead {
+		s.published[o.ID] = at
+	}
 }
 
 func (s *memoryStore) update(c *change) {
@@ -149,6 +157,7 @@ func (s *memoryStore) put(o *order) {
 func (s *memoryStore) drop(o *order) {
 	id := string(o.ID[:])
 	s.orders.Delete(id)
+	delete(s.published, o.ID)
 	s.count[o.Status]--
 	if o.Number != "" && !o.NumberReleased {
 		delete(s.number, ownedKey{o.Owner, o.Number})
@@ -198,7 +207,7 @@ func (s *memoryStore) list(_ context.Context, q query) ([]*order, error) {
 	return found, nil
 }
 
-func (s *memoryStore) due(_ context.Context, now time.Time, limit, size int, skip func(uuid.UUID) bool) ([]*order, error) {
+func (s *memoryStore) claim(_ context.Context, now, _ time.Time, limit, size int, skip func(uuid.UUID) bool) ([]*order, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	var found []*order
@@ -227,8 +236,54 @@ func (s *memoryStore) nextDue(_ context.Context, now time.Time) (next time.Time,
 	return next, nil
 }
 
-// recover has nothing to do: no order outlives the process that published it.
-func (s *memoryStore) recover(context.Context, time.Time, bool) (int, error) { return 0, nil }
+// renew has nothing to do: nobody else claims.
+func (s *memoryStore) renew(context.Context, []mark, time.Time) error { return nil }
+
+// recover has nothing to do: no order outlives the process that called.
+func (s *memoryStore) recover(context.Context, time.Time) (int, error) { return 0, nil }
+
+func (s *memoryStore) oldestPublished(context.Context) (oldest time.Time, err error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, at := range s.published {
+		if oldest.IsZero() || at.Before(oldest) {
+			oldest = at
+		}
+	}
+	return oldest, nil
+}
+
+func (s *memoryStore) republish(_ context.Context, before, now time.Time, limit int) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := 0
+	for id, at := range s.published {
+		if n == limit {
+			break
+		}
+		if !at.Before(before) {
+			continue
+		}
+		o := *s.at(id)
+		o.PublishAt = now
+		s.put(&o)
+		n++
+	}
+	return n, nil
+}
+
+func (s *memoryStore) carrier(context.Context) (string, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.broker, nil
+}
+
+func (s *memoryStore) setCarrier(_ context.Context, name string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.broker = name
+	return nil
+}
 
 func (s *memoryStore) counts() map[contract.Status]int64 {
 	s.mu.RLock()

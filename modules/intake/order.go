@@ -169,6 +169,16 @@ func (o *order) remember(out contract.Outcome) {
 	}
 }
 
+// nextAttempt returns when the order is to be tried again, or the zero time.
+// PublishAt does not say so: a relay that works on the order moves it.
+func (o *order) nextAttempt() time.Time {
+	n := len(o.History)
+	if o.Status != contract.StatusRetrying || n == 0 || o.History[n-1].NextAttemptAt == nil {
+		return time.Time{}
+	}
+	return *o.History[n-1].NextAttemptAt
+}
+
 // replay gives a dead order a fresh set of attempts, beginning at once.
 func (o *order) replay(now time.Time) verdict {
 	if o.Status != contract.StatusDead {

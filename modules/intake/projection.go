@@ -22,6 +22,9 @@ const (
 // be written it holds the message and tries again: to nack at once would only
 // bring the message back at once.
 func (m *Module) project(msg *message.Message) error {
+	if contract.IsMarker(msg) {
+		return m.passed(msg)
+	}
 	out, err := contract.DecodeOutcome(msg)
 	if err != nil {
 		return err
@@ -33,16 +36,30 @@ func (m *Module) project(msg *message.Message) error {
 	if err != nil {
 		return errors.Join(contract.ErrUndecodable, err)
 	}
+	return m.insist(msg.Context(), func(ctx context.Context) error { return m.finish(ctx, id, out) },
+		"cannot store an outcome; it is held and tried again", "order_id", id, "trace_id", telemetry.TraceID(msg.Context()))
+}
+
+// passed takes a marker over that has come back.
+func (m *Module) passed(msg *message.Message) error {
+	marker, err := contract.DecodeMarker(msg)
+	if err != nil {
+		return err
+	}
+	return m.insist(msg.Context(), func(ctx context.Context) error { return m.sweeper.passed(ctx, marker) },
+		"cannot look for lost orders; tried again")
+}
+
+// insist calls do until it succeeds or ctx ends.
+func (m *Module) insist(ctx context.Context, do func(context.Context) error, complaint string, args ...any) error {
 	for pause := projectPauseMin; ; pause = min(2*pause, projectPauseMax) {
-		if err = m.finish(msg.Context(), id, out); err == nil {
-			return nil
-		}
-		if msg.Context().Err() != nil {
+		err := do(ctx)
+		if err == nil || ctx.Err() != nil {
 			return err
 		}
-		m.logger.Error("cannot store an outcome; it is held and tried again", "order_id", id, "trace_id", telemetry.TraceID(msg.Context()), "error", err)
-		wait(msg.Context(), pause, nil)
-		if msg.Context().Err() != nil {
+		m.logger.ErrorContext(ctx, complaint, append(args, "error", err)...)
+		wait(ctx, pause, nil)
+		if ctx.Err() != nil {
 			return err
 		}
 	}

@@ -26,13 +26,19 @@ const (
 
 	relayPauseMin = 100 * time.Millisecond
 	relayPauseMax = 5 * time.Second
+
+	// relayLease is how long an order that was claimed stays with the process
+	// that did, without a sign of life of it. A publish must have ended by
+	// then, one way or the other.
+	relayLease = 20 * time.Second
 )
 
 // relay publishes what is due. First publication, retry, replay and recovery
 // are the same to it: a row whose publish_at has come.
 //
-// One turn reads due rows, publishes them and marks them as published. A crash
-// in between leaves them due, so they are published again: at least once.
+// One turn claims due rows, publishes them and marks them as published. A crash
+// in between leaves them due, if not at once then when the claim runs out, so
+// they are published again: at least once.
 //
 // A broker with a window forgets its messages when the process ends, and so
 // then may the relay what it published: there is no mark, the relay remembers
@@ -44,7 +50,8 @@ type relay struct {
 	publisher  message.Publisher
 	propagator propagation.TextMapPropagator
 	logger     *slog.Logger
-	window     int // most orders published and unfinished; 0 = no limit
+	window     int    // most orders published and unfinished; 0 = no limit
+	name       string // of the broker, and the place in it
 
 	wake      chan struct{}
 	published []mark    // and not marked yet
@@ -69,6 +76,7 @@ func newRelay(s store, w *writer, deps Deps) *relay {
 		propagator: deps.Propagator,
 		logger:     deps.Logger,
 		window:     deps.Bus.Window,
+		name:       deps.Bus.Carrier,
 		wake:       make(chan struct{}, 1),
 		inFlight:   map[uuid.UUID]flight{},
 	}
@@ -85,8 +93,17 @@ func (r *relay) nudge() {
 // run publishes until ctx ends.
 func (r *relay) run(ctx context.Context) {
 	pause := time.Duration(0)
+	takenOver := false
 	for ctx.Err() == nil {
-		n, err := r.turn(ctx)
+		var n int
+		var err error
+		if !takenOver {
+			err = r.takeOver(ctx)
+			takenOver = err == nil
+		}
+		if takenOver {
+			n, err = r.turn(ctx)
+		}
 		switch {
 		case ctx.Err() != nil:
 			return
@@ -108,6 +125,38 @@ func (r *relay) run(ctx context.Context) {
 	}
 }
 
+// takeOver makes all orders due that another broker was carrying, the first
+// time that this one serves the store.
+func (r *relay) takeOver(ctx context.Context) error {
+	earlier, err := r.store.carrier(ctx)
+	if err != nil || earlier == r.name {
+		return err
+	}
+	n, err := republish(ctx, r.store, now())
+	if err != nil {
+		return err
+	}
+	if n > 0 {
+		r.logger.Info("orders that another broker was carrying are handed to this one", "orders", n, "earlier", earlier, "now", r.name)
+	}
+	return r.store.setCarrier(ctx, r.name)
+}
+
+// republishBatch bounds a transaction, so that no new order waits long for it.
+const republishBatch = 500
+
+// republish makes all unfinished orders due that were published before the
+// given time.
+func republish(ctx context.Context, s store, before time.Time) (int, error) {
+	for total := 0; ; {
+		n, err := s.republish(ctx, before, now(), republishBatch)
+		total += n
+		if err != nil || n < republishBatch {
+			return total, err
+		}
+	}
+}
+
 // turn publishes one batch and returns its size.
 func (r *relay) turn(ctx context.Context) (int, error) {
 	// First what an earlier turn published and could not mark: to read it as
@@ -119,22 +168,15 @@ func (r *relay) turn(ctx context.Context) (int, error) {
 	if limit == 0 {
 		return 0, nil
 	}
-	r.looked = time.Now()
-	orders, err := r.store.due(ctx, r.looked, limit, size, r.isInFlight)
-	if err != nil {
+	r.looked = now()
+	orders, err := r.store.claim(ctx, r.looked, r.looked.Add(relayLease), limit, size, r.isInFlight)
+	if err != nil || len(orders) == 0 {
 		return 0, err
 	}
-	n := 0
-	for _, o := range orders {
-		if err = r.publish(ctx, o); err != nil {
-			break
-		}
-		n++
-		if dead := o.Status == contract.StatusDead; dead || r.window == 0 {
-			r.published = append(r.published, mark{o.ID, o.Attempts, dead})
-		}
+	if err := r.publish(ctx, orders); err != nil {
+		return 0, errors.Join(err, r.mark(ctx))
 	}
-	return n, errors.Join(err, r.mark(ctx))
+	return len(orders), r.mark(ctx)
 }
 
 // mark notes in the store what was published. It does so even if ctx has ended:
@@ -143,34 +185,104 @@ func (r *relay) mark(ctx context.Context) error {
 	if len(r.published) == 0 {
 		return nil
 	}
-	if err := r.writer.do(context.WithoutCancel(ctx), &change{marks: r.published}); err != nil {
+	if err := r.writer.do(context.WithoutCancel(ctx), &change{marks: r.published, publishedAt: now()}); err != nil {
 		return fmt.Errorf("mark %d orders as published: %w", len(r.published), err)
 	}
 	r.published = nil
 	return nil
 }
 
-// publish hands one order, or the news that it is dead, to the broker.
-func (r *relay) publish(ctx context.Context, o *order) error {
-	topic, msg := contract.TopicSubmitted, (*message.Message)(nil)
-	if o.Status == contract.StatusDead {
-		var err error
-		topic = contract.TopicOutcome
-		if msg, err = o.dead().Message(); err != nil {
+// publish hands orders, and the news of those that are dead, to the broker. What
+// it does not take is given back.
+func (r *relay) publish(ctx context.Context, orders []*order) error {
+	var live, dead []*order
+	for _, o := range orders {
+		if o.Status == contract.StatusDead {
+			dead = append(dead, o)
+		} else {
+			live = append(live, o)
+		}
+	}
+	return errors.Join(
+		r.publishTo(ctx, contract.TopicSubmitted, live, func(o *order) (*message.Message, error) { return o.submitted().Message(), nil }),
+		r.publishTo(ctx, contract.TopicOutcome, dead, func(o *order) (*message.Message, error) { return o.dead().Message() }),
+	)
+}
+
+// publishTo hands orders to the broker all together. When it fails, the broker
+// may have some of them, and they will come to it again.
+func (r *relay) publishTo(ctx context.Context, topic string, orders []*order, encode func(*order) (*message.Message, error)) error {
+	msgs := make([]*message.Message, 0, len(orders))
+	marks := make([]mark, 0, len(orders))
+	for _, o := range orders {
+		msg, err := encode(o)
+		if err != nil {
 			return err
 		}
-	} else {
-		msg = o.submitted().Message()
-		r.take(o)
+		// The trace goes on where the client's request left it, maybe in
+		// another life of this process.
+		msg.SetContext(r.propagator.Extract(ctx, propagation.MapCarrier{"traceparent": o.TraceParent, "tracestate": o.TraceState}))
+		msgs = append(msgs, msg)
+		marks = append(marks, mark{o.ID, o.Attempts, o.Status == contract.StatusDead})
 	}
-	// The trace goes on where the client's request left it, maybe in another
-	// life of this process.
-	msg.SetContext(r.propagator.Extract(ctx, propagation.MapCarrier{"traceparent": o.TraceParent, "tracestate": o.TraceState}))
-	if err := r.publisher.Publish(topic, msg); err != nil {
-		r.finished(o.ID, o.Attempts+1)
-		return fmt.Errorf("publish order %s to %s: %w", o.ID, topic, err)
+	inWindow := r.window > 0 && topic == contract.TopicSubmitted
+	if inWindow {
+		r.take(orders)
+	}
+	if err := r.publisher.Publish(topic, msgs...); err != nil {
+		for _, o := range orders {
+			r.finished(o.ID, o.Attempts+1)
+		}
+		return errors.Join(fmt.Errorf("publish %d messages to %s: %w", len(msgs), topic, err), r.giveBack(ctx, marks))
+	}
+	if !inWindow {
+		r.published = append(r.published, marks...)
 	}
 	return nil
+}
+
+// giveBack ends the claims of orders that were not published, or not finished.
+func (r *relay) giveBack(ctx context.Context, claimed []mark) error {
+	if len(claimed) == 0 {
+		return nil
+	}
+	if err := r.store.renew(context.WithoutCancel(ctx), claimed, now()); err != nil {
+		return fmt.Errorf("give back %d orders: %w", len(claimed), err)
+	}
+	return nil
+}
+
+// hold renews the claims of what is in flight until ctx ends. There is nothing
+// to renew without a window: what the broker has is marked.
+func (r *relay) hold(ctx context.Context) {
+	for r.window > 0 {
+		wait(ctx, relayLease/4, nil)
+		if ctx.Err() != nil {
+			return
+		}
+		if err := r.store.renew(ctx, r.claimed(), now().Add(relayLease)); err != nil && ctx.Err() == nil {
+			r.logger.Warn("cannot tell other processes which orders this one is busy with; they may be saved twice", "error", err)
+		}
+	}
+}
+
+// claimed returns what is in flight.
+func (r *relay) claimed() []mark {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	marks := make([]mark, 0, len(r.inFlight))
+	for id, f := range r.inFlight {
+		marks = append(marks, mark{id: id, attempts: f.attempt - 1})
+	}
+	return marks
+}
+
+// close gives back what is still in flight. Call it when no outcome can arrive
+// any more.
+func (r *relay) close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), relayPauseMax)
+	defer cancel()
+	return r.giveBack(ctx, r.claimed())
 }
 
 // room returns how many orders and bytes the next turn may take. When a window
@@ -196,14 +308,13 @@ func (r *relay) isInFlight(id uuid.UUID) bool {
 	return ok
 }
 
-func (r *relay) take(o *order) {
-	if r.window == 0 {
-		return
-	}
+func (r *relay) take(orders []*order) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.bytes += o.Size - r.inFlight[o.ID].size
-	r.inFlight[o.ID] = flight{o.Attempts + 1, o.Size}
+	for _, o := range orders {
+		r.bytes += o.Size - r.inFlight[o.ID].size
+		r.inFlight[o.ID] = flight{o.Attempts + 1, o.Size}
+	}
 }
 
 // finished says that an attempt at the order has ended and that its outcome is

@@ -212,8 +212,8 @@ func TestRelayWithAWindowPublishesOnceWhileAnAttemptIsUnderWay(t *testing.T) {
 func TestRelayBoundsTheBytesOfItsWindow(t *testing.T) {
 	r := newRelay(newMemoryStore(), nil, Deps{Bus: Bus{Window: 100}})
 	big := &order{ID: uuid.New(), Size: windowBytes}
-	r.take(big)
-	r.take(big) // published again: it counts once
+	r.take([]*order{big})
+	r.take([]*order{big}) // published again: it counts once
 	limit, _ := r.room()
 	require.Zero(t, limit)
 	r.finished(big.ID, 0) // of an attempt before this one

@@ -65,7 +65,7 @@ const (
 	updateOrder = `UPDATE orders SET released=?, status=?, attempts=?, attempt_base=?, direct=?, updated_at=?, finished_at=?,
 		publish_at=?, backend_status=?, backend_type=?, backend_body=?, problem=?, history=? WHERE id=?`
 	// Whatever the relay has published it has taken over, direct or not.
-	markOrder = `UPDATE orders SET publish_at=NULL, direct=0 WHERE attempts=? AND (status='dead')=? AND id IN `
+	markOrder = `UPDATE orders SET publish_at=NULL, direct=0, published_at=? WHERE attempts=? AND (status='dead')=? AND id IN `
 )
 
 func openSQLiteStore(ctx context.Context, path string, logger *slog.Logger) (*sqliteStore, error) {
@@ -173,7 +173,7 @@ type sqliteWrite struct {
 
 func (w *sqliteWrite) all(ctx context.Context, changes []*change) error {
 	var inserts, updates []*change
-	marks := map[mark][]any{} // ids, by what else their marks say
+	marks := map[markedAs][]any{} // ids, by what else their marks say
 	for _, c := range changes {
 		c.found, c.changed = nil, false
 		switch {
@@ -183,9 +183,8 @@ func (w *sqliteWrite) all(ctx context.Context, changes []*change) error {
 			updates = append(updates, c)
 		}
 		for _, m := range c.marks {
-			id := m.id
-			m.id = uuid.Nil
-			marks[m] = append(marks[m], id[:])
+			as := markedAs{m.attempts, m.dead, c.publishedAt}
+			marks[as] = append(marks[as], m.id[:])
 		}
 	}
 	for chunk := range chunks(inserts) {
@@ -193,9 +192,9 @@ func (w *sqliteWrite) all(ctx context.Context, changes []*change) error {
 			return err
 		}
 	}
-	for m, ids := range marks {
+	for as, ids := range marks {
 		for chunk := range chunks(ids) {
-			if err := w.mark(ctx, m, chunk); err != nil {
+			if err := w.mark(ctx, as, chunk); err != nil {
 				return fmt.Errorf("mark %d orders as published: %w", len(chunk), err)
 			}
 		}
@@ -238,8 +237,16 @@ func (w *sqliteWrite) sized(ctx context.Context, n int, one, many *sql.Stmt) *sq
 	return w.tx.StmtContext(ctx, one)
 }
 
-func (w *sqliteWrite) mark(ctx context.Context, m mark, ids []any) error {
-	_, err := w.sized(ctx, len(ids), w.store.markOne, w.store.markMany).ExecContext(ctx, append([]any{m.attempts, m.dead}, ids...)...)
+// markedAs is what the orders of one statement have in common.
+type markedAs struct {
+	attempts    int
+	dead        bool
+	publishedAt time.Time
+}
+
+func (w *sqliteWrite) mark(ctx context.Context, as markedAs, ids []any) error {
+	_, err := w.sized(ctx, len(ids), w.store.markOne, w.store.markMany).ExecContext(ctx,
+		append([]any{micros(as.publishedAt), as.attempts, as.dead}, ids...)...)
 	return err
 }
 
@@ -440,9 +447,10 @@ func (s *sqliteStore) list(ctx context.Context, q query) ([]*order, error) {
 	return found, nil
 }
 
-// due first looks through the index of due orders, which is cheap even where
-// many are to be skipped, and then reads the chosen ones.
-func (s *sqliteStore) due(ctx context.Context, now time.Time, limit, size int, skip func(uuid.UUID) bool) ([]*order, error) {
+// claim first looks through the index of due orders, which is cheap even where
+// many are to be skipped, and then reads the chosen ones. Nobody else can claim
+// them: the file belongs to this process.
+func (s *sqliteStore) claim(ctx context.Context, now, _ time.Time, limit, size int, skip func(uuid.UUID) bool) ([]*order, error) {
 	ids, err := s.dueIDs(ctx, now, limit, size, skip)
 	if err != nil {
 		return nil, fmt.Errorf("look for due orders: %w", err)
@@ -542,31 +550,60 @@ func (s *sqliteStore) time(ctx context.Context, statement string, args ...any) (
 	return time.UnixMicro(at).UTC(), nil
 }
 
-func (s *sqliteStore) recover(ctx context.Context, now time.Time, published bool) (int, error) {
-	total := 0
-	// The lock of the file says that no other process is busy with any order.
-	for _, r := range []struct {
-		wanted bool
-		where  string
-		args   []any
-	}{
-		{published, `finished_at IS NULL AND publish_at IS NULL`, nil},
-		{true, `finished_at IS NULL AND publish_at > ? AND direct=1`, []any{now.UnixMicro()}},
-	} {
-		if !r.wanted {
-			continue
-		}
-		res, err := s.db.Write.ExecContext(ctx, `UPDATE orders SET publish_at=?, direct=0 WHERE `+r.where, append([]any{now.UnixMicro()}, r.args...)...)
-		if err != nil {
-			return 0, fmt.Errorf("recover orders: %w", err)
-		}
-		n, err := res.RowsAffected()
-		if err != nil {
-			return 0, fmt.Errorf("recover orders: %w", err)
-		}
-		total += int(n)
+// renew has nothing to do: nobody else claims.
+func (s *sqliteStore) renew(context.Context, []mark, time.Time) error { return nil }
+
+// recover knows that no direct call is under way: the lock of the file says that
+// no other process is, and this one has not begun.
+func (s *sqliteStore) recover(ctx context.Context, now time.Time) (int, error) {
+	n, err := s.exec(ctx, `UPDATE orders SET publish_at=?1, direct=0 WHERE finished_at IS NULL AND publish_at > ?1 AND direct=1`, now.UnixMicro())
+	if err != nil {
+		return 0, fmt.Errorf("recover direct orders: %w", err)
 	}
-	return total, nil
+	return n, nil
+}
+
+func (s *sqliteStore) oldestPublished(ctx context.Context) (time.Time, error) {
+	return s.time(ctx, `SELECT published_at FROM orders WHERE finished_at IS NULL AND publish_at IS NULL ORDER BY published_at LIMIT 1`)
+}
+
+func (s *sqliteStore) republish(ctx context.Context, before, now time.Time, limit int) (int, error) {
+	n, err := s.exec(ctx, `UPDATE orders SET publish_at=? WHERE id IN (
+		SELECT id FROM orders WHERE finished_at IS NULL AND publish_at IS NULL AND published_at < ? ORDER BY published_at LIMIT ?)`,
+		now.UnixMicro(), before.UnixMicro(), limit)
+	if err != nil {
+		return 0, fmt.Errorf("make published orders due again: %w", err)
+	}
+	return n, nil
+}
+
+func (s *sqliteStore) carrier(ctx context.Context) (string, error) {
+	var name string
+	err := s.db.Read.QueryRowContext(ctx, `SELECT name FROM carrier`).Scan(&name)
+	if err != nil && !errors.Is(err, sql.ErrNoRows) {
+		return "", fmt.Errorf("read which broker has the published orders: %w", err)
+	}
+	return name, nil
+}
+
+func (s *sqliteStore) setCarrier(ctx context.Context, name string) error {
+	if _, err := s.exec(ctx, `INSERT INTO carrier (one, name) VALUES (1, ?) ON CONFLICT (one) DO UPDATE SET name = excluded.name`, name); err != nil {
+		return fmt.Errorf("note which broker has the published orders: %w", err)
+	}
+	return nil
+}
+
+// exec runs a statement of its own, outside of the groups, and returns how many
+// rows it changed.
+func (s *sqliteStore) exec(ctx context.Context, statement string, args ...any) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	res, err := s.db.Write.ExecContext(ctx, statement, args...)
+	if err != nil {
+		return 0, err
+	}
+	n, err := res.RowsAffected()
+	return int(n), err
 }
 
 func (s *sqliteStore) counts() map[contract.Status]int64 {

@@ -26,18 +26,36 @@ type store interface {
 	// list returns at most q.limit orders without bodies, newest first.
 	list(ctx context.Context, q query) ([]*order, error)
 
-	// due returns orders with their bodies that the relay is to publish now,
-	// longest due first, except those that skip returns true for: at most
-	// limit, and no more once their bodies have reached size bytes (but at
+	// claim returns orders with their bodies that the relay is to publish at
+	// time now, longest due first, except those that skip returns true for: at
+	// most limit, and no more once their bodies have reached size bytes (but at
 	// least one).
-	due(ctx context.Context, now time.Time, limit, size int, skip func(uuid.UUID) bool) ([]*order, error)
+	//
+	// A store that several processes share gives each order to one of them: it
+	// is due again at the time until, unless it was marked, changed or renewed
+	// before. With a zero until, and where the process is alone, nothing is
+	// put off.
+	claim(ctx context.Context, now, until time.Time, limit, size int, skip func(uuid.UUID) bool) ([]*order, error)
+	// renew puts off claimed orders until another time, which may be now, to
+	// give them back. What has got another attempt since is left alone.
+	renew(ctx context.Context, claimed []mark, until time.Time) error
 	// nextDue returns when the first order becomes due after now, or the zero
 	// time.
 	nextDue(ctx context.Context, now time.Time) (time.Time, error)
-	// recover makes unfinished orders due that no running process is busy
-	// with: those whose direct call died with its process and, with
-	// published, all that are marked as published.
-	recover(ctx context.Context, now time.Time, published bool) (int, error)
+	// recover makes orders due whose direct call died with its process, as far
+	// as that is certain, and returns how many. All others become due by
+	// themselves, when the call must have ended.
+	recover(ctx context.Context, now time.Time) (int, error)
+
+	// oldestPublished returns the earliest time at which an unfinished order
+	// was marked as published, or the zero time.
+	oldestPublished(ctx context.Context) (time.Time, error)
+	// republish makes at most limit unfinished orders due now that were marked
+	// as published before the given time, and returns how many.
+	republish(ctx context.Context, before, now time.Time, limit int) (int, error)
+	// carrier names the broker that has the published orders, "" at first.
+	carrier(ctx context.Context) (string, error)
+	setCarrier(ctx context.Context, name string) error
 
 	// counts returns the number of orders in each state. It does no I/O.
 	counts() map[contract.Status]int64
@@ -61,8 +79,10 @@ type change struct {
 	// or, if the key is free, the number.
 	insert *order
 
-	// marks notes that the relay has published orders.
-	marks []mark
+	// marks notes that the relay has published orders, all of them before
+	// publishedAt.
+	marks       []mark
+	publishedAt time.Time
 
 	// update changes the order id. It must depend on the order only: it may
 	// be called more than once. The order is passed without its body. found is

@@ -19,6 +19,7 @@ import (
 // storeUnderTest opens stores of one kind. reopen is nil for those that forget.
 type storeUnderTest struct {
 	name   string
+	shared bool // by several processes
 	open   func(t *testing.T) store
 	reopen func(t *testing.T, s store) store
 }
@@ -72,22 +73,41 @@ func TestStore(t *testing.T) {
 				require.Equal(t, want, got)
 				require.Equal(t, int64(1), s.counts()[contract.StatusAccepted])
 			})
-			t.Run("makes published and direct orders due again", func(t *testing.T) {
+			t.Run("keeps what is published, where, and since when", func(t *testing.T) {
+				s := kind.open(t)
+				o := testOrder("A-1")
+				insertOrders(t, s, o)
+				since := o.AcceptedAt.Add(time.Second)
+				writeAll(t, s, &change{marks: []mark{{id: o.ID}}, publishedAt: since})
+				require.NoError(t, s.setCarrier(t.Context(), "amqp /sluice"))
+				s = kind.reopen(t, s)
+				defer func() { require.NoError(t, s.close()) }()
+				oldest, err := s.oldestPublished(t.Context())
+				require.NoError(t, err)
+				require.Equal(t, since, oldest)
+				carrier, err := s.carrier(t.Context())
+				require.NoError(t, err)
+				require.Equal(t, "amqp /sluice", carrier)
+			})
+			if kind.shared {
+				return
+			}
+			t.Run("makes direct orders due again", func(t *testing.T) {
 				s := kind.open(t)
 				published, waiting, direct, saved := testOrder("A-1"), testOrder("A-2"), testOrder("A-3"), testOrder("A-4")
 				later := published.AcceptedAt.Add(time.Hour)
 				waiting.PublishAt = later
 				direct.Direct, direct.PublishAt = true, later
 				insertOrders(t, s, published, waiting, direct, saved)
-				writeAll(t, s, &change{marks: []mark{{id: published.ID}}})
+				writeAll(t, s, &change{marks: []mark{{id: published.ID}}, publishedAt: published.AcceptedAt})
 				update(t, s, saved.ID, finishAs(contract.StatusSaved))
 				s = kind.reopen(t, s)
 				defer func() { require.NoError(t, s.close()) }()
 
-				n, err := s.recover(t.Context(), published.AcceptedAt, true)
+				n, err := s.recover(t.Context(), published.AcceptedAt)
 				require.NoError(t, err)
-				require.Equal(t, 2, n)
-				require.ElementsMatch(t, []uuid.UUID{published.ID, direct.ID}, dueIDs(t, s, published.AcceptedAt))
+				require.Equal(t, 1, n)
+				require.ElementsMatch(t, []uuid.UUID{direct.ID}, dueIDs(t, s, published.AcceptedAt))
 				o, err := s.get(t.Context(), direct.ID)
 				require.NoError(t, err)
 				require.False(t, o.Direct)
@@ -97,6 +117,66 @@ func TestStore(t *testing.T) {
 }
 
 var storeSuite = map[string]func(*testing.T, store){
+	"makes due again what was published before a time and is silent": func(t *testing.T, s store) {
+		silent, answered, later, dead, fresh := testOrder("A-1"), testOrder("A-2"), testOrder("A-3"), testOrder("A-4"), testOrder("A-5")
+		early := fresh.AcceptedAt.Add(time.Minute)
+		late := early.Add(time.Minute)
+		insertOrders(t, s, silent, answered, later, dead, fresh)
+		update(t, s, dead.ID, finishAs(contract.StatusDead))
+		oldest, err := s.oldestPublished(t.Context())
+		require.NoError(t, err)
+		require.Zero(t, oldest)
+		writeAll(t, s, &change{marks: []mark{{id: silent.ID}, {id: answered.ID}, {id: dead.ID, dead: true}}, publishedAt: early},
+			&change{marks: []mark{{id: later.ID}}, publishedAt: late})
+		update(t, s, answered.ID, finishAs(contract.StatusSaved))
+		oldest, err = s.oldestPublished(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, early, oldest)
+		require.Equal(t, []uuid.UUID{fresh.ID}, dueIDs(t, s, late))
+
+		n, err := s.republish(t.Context(), early, late, 10)
+		require.NoError(t, err)
+		require.Zero(t, n, "published at that time is not before it")
+		n, err = s.republish(t.Context(), late, late, 10)
+		require.NoError(t, err)
+		require.Equal(t, 1, n)
+		require.Equal(t, []uuid.UUID{fresh.ID, silent.ID}, dueIDs(t, s, late))
+		oldest, err = s.oldestPublished(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, late, oldest)
+
+		// What is published again counts from then on.
+		writeAll(t, s, &change{marks: []mark{{id: silent.ID}}, publishedAt: late.Add(time.Minute)})
+		n, err = s.republish(t.Context(), late.Add(time.Second), late, 10)
+		require.NoError(t, err)
+		require.Equal(t, 1, n)
+		require.Equal(t, []uuid.UUID{fresh.ID, later.ID}, dueIDs(t, s, late))
+	},
+	"makes published orders due again in batches": func(t *testing.T, s store) {
+		var marks []mark
+		for range 5 {
+			o := testOrder("")
+			insertOrders(t, s, o)
+			marks = append(marks, mark{id: o.ID})
+		}
+		at := now()
+		writeAll(t, s, &change{marks: marks, publishedAt: at})
+		for _, want := range []int{2, 2, 1, 0} {
+			n, err := s.republish(t.Context(), at.Add(time.Second), at, 2)
+			require.NoError(t, err)
+			require.Equal(t, want, n)
+		}
+	},
+	"remembers the broker": func(t *testing.T, s store) {
+		for _, name := range []string{"", "gochannel", "amqp /sluice"} {
+			if name != "" {
+				require.NoError(t, s.setCarrier(t.Context(), name))
+			}
+			got, err := s.carrier(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, name, got)
+		}
+	},
 	"returns what was inserted": func(t *testing.T, s store) {
 		o := testOrder("A-1")
 		o.Owner, o.IdempotencyKey, o.TraceParent, o.TraceState = "shop", "key", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "a=b"
@@ -252,7 +332,7 @@ var storeSuite = map[string]func(*testing.T, store){
 		a.PublishAt, b.PublishAt, c.PublishAt, d.PublishAt = base.Add(2*time.Second), base.Add(time.Second), base.Add(time.Minute), time.Time{}
 		insertOrders(t, s, a, b, c, d)
 		require.Equal(t, []uuid.UUID{b.ID, a.ID}, dueIDs(t, s, base.Add(2*time.Second)))
-		found, err := s.due(t.Context(), base.Add(time.Hour), 1, 1<<20, skipNone)
+		found, err := s.claim(t.Context(), base.Add(time.Hour), time.Time{}, 1, 1<<20, skipNone)
 		require.NoError(t, err)
 		require.Len(t, found, 1)
 		require.Equal(t, b.Body, found[0].Body)
@@ -262,14 +342,14 @@ var storeSuite = map[string]func(*testing.T, store){
 		next, err = s.nextDue(t.Context(), a.PublishAt)
 		require.NoError(t, err)
 		require.Equal(t, c.PublishAt, next)
-		found, err = s.due(t.Context(), base.Add(time.Hour), 1, 1<<20, func(id uuid.UUID) bool { return id == b.ID || id == a.ID })
+		found, err = s.claim(t.Context(), base.Add(time.Hour), time.Time{}, 1, 1<<20, func(id uuid.UUID) bool { return id == b.ID || id == a.ID })
 		require.NoError(t, err)
 		require.Equal(t, []uuid.UUID{c.ID}, ids(found))
 	},
 	"bounds the bytes of what it hands out, but hands out one": func(t *testing.T, s store) {
 		a, b := testOrder("A"), testOrder("B")
 		insertOrders(t, s, a, b)
-		found, err := s.due(t.Context(), b.PublishAt, 10, 1, skipNone)
+		found, err := s.claim(t.Context(), b.PublishAt, time.Time{}, 10, 1, skipNone)
 		require.NoError(t, err)
 		require.Len(t, found, 1)
 	},
@@ -407,7 +487,7 @@ var storeSuite = map[string]func(*testing.T, store){
 				for range 50 {
 					_, err := s.get(context.Background(), first.ID)
 					_, err2 := s.list(context.Background(), query{limit: 20})
-					_, err3 := s.due(context.Background(), now(), 100, 1<<20, skipNone)
+					_, err3 := s.claim(context.Background(), now(), time.Time{}, 100, 1<<20, skipNone)
 					if err := errors.Join(err, err2, err3); err != nil {
 						errs <- err
 						return
@@ -488,7 +568,7 @@ func skipNone(uuid.UUID) bool { return false }
 
 func dueIDs(t *testing.T, s store, at time.Time) []uuid.UUID {
 	t.Helper()
-	found, err := s.due(t.Context(), at, 100, 1<<20, skipNone)
+	found, err := s.claim(t.Context(), at, time.Time{}, 100, 1<<20, skipNone)
 	require.NoError(t, err)
 	return ids(found)
 }
