@@ -150,6 +150,39 @@ func TestSecretsAreNotPrinted(t *testing.T) {
 	}
 }
 
+func TestThePasswordOfADatabaseIsNotPrinted(t *testing.T) {
+	cfg, err := config.Load("", nil, map[string]string{
+		"store.driver": "postgres", "store.dsn": "postgres://sluice:hunter%2F2@db.example:5432/orders?sslmode=require&sslpassword=hunter%2F2",
+	})
+	require.NoError(t, err)
+	text, err := cfg.YAML()
+	require.NoError(t, err)
+	require.NotContains(t, string(text), "hunter")
+	require.Contains(t, string(text), "dsn: postgres://sluice:<secret>@db.example:5432/orders?sslmode=require&sslpassword=<secret>\n")
+}
+
+func TestAFaultyDSNIsRefusedWithoutRepeatingIt(t *testing.T) {
+	for name, dsn := range map[string]string{
+		"a file":                       "data/hunter2.db",
+		"no URL":                       "host=db user=sluice password=hunter2",
+		"another database":             "mysql://sluice:hunter2@db/orders",
+		"a slash in the password":      "postgres://sluice:hun/ter2@db/orders",
+		"a percent sign in it":         "postgres://sluice:hunter2%@db/orders",
+		"an unknown value":             "postgres://sluice:hunter2@db/orders?sslmode=hunter2",
+		"a port that is not a number":  "postgres://sluice:hunter2@db:hunter2/orders",
+		"nothing":                      "",
+		"a timeout that is not a time": "postgres://sluice:hunter2@db/orders?connect_timeout=soon",
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := config.Load("", nil, map[string]string{"store.driver": "postgres", "store.dsn": dsn})
+			require.ErrorContains(t, err, "store.dsn: ")
+			require.NotContains(t, err.Error(), "ter2")
+			require.NotContains(t, err.Error(), "hun")
+			require.NotContains(t, err.Error(), "\n")
+		})
+	}
+}
+
 func TestFlags(t *testing.T) {
 	flags := pflag.NewFlagSet("serve", pflag.ContinueOnError)
 	config.AddFlags(flags)
