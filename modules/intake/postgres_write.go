@@ -3,6 +3,7 @@ package intake
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -307,28 +308,44 @@ func (w *postgresWrite) update() {
 // commit writes what was updated, counts and commits, in one round trip. It
 // returns the transaction's id, 0 if there was nothing to count.
 func (w *postgresWrite) commit(ctx context.Context) (txid uint64, err error) {
-	b := &pgx.Batch{}
+	b, answered := &pgx.Batch{}, 0
+	done := func(pgconn.CommandTag) error { answered++; return nil }
 	if len(w.dirty) > 0 {
 		columns, err := w.updateColumns()
 		if err != nil {
 			return 0, err
 		}
-		b.Queue(postgresUpdate, columns...)
+		b.Queue(postgresUpdate, columns...).Exec(done)
 	}
 	if len(w.removed) > 0 {
-		b.Queue(postgresDelete, w.removed)
+		b.Queue(postgresDelete, w.removed).Exec(done)
 	}
 	maps.DeleteFunc(w.delta, func(_ contract.Status, n int64) bool { return n == 0 })
 	if len(w.delta) > 0 {
 		statement, args := countBy(w.delta)
-		b.Queue(statement, args...).QueryRow(func(row pgx.Row) error { return row.Scan(&txid) })
+		b.Queue(statement, args...).QueryRow(func(row pgx.Row) error {
+			err := row.Scan(&txid)
+			if err == nil {
+				answered++
+			}
+			return err
+		})
 	}
+	before := b.Len()
 	b.Queue("COMMIT")
 	err = w.conn.SendBatch(ctx, b).Close()
-	if err != nil && w.conn.IsClosed() && !pgconn.SafeToRetry(err) {
-		err = fmt.Errorf("%w: %w", database.ErrUncertain, err)
+	return txid, w.doubt(err, answered == before)
+}
+
+// doubt says of an error whether the commit may have happened all the same: not
+// if the server is there to tell, nor if it ended the connection before it came
+// to the commit, nor if nothing was sent.
+func (w *postgresWrite) doubt(err error, reached bool) error {
+	_, told := errors.AsType[*pgconn.PgError](err)
+	if err == nil || !w.conn.IsClosed() || (told && !reached) || pgconn.SafeToRetry(err) {
+		return err
 	}
-	return txid, err
+	return fmt.Errorf("%w: %w", database.ErrUncertain, err)
 }
 
 // scanHolder reads a row of postgresHolders.
