@@ -201,10 +201,12 @@ func TestPostgresLeavesDirectOrdersToThoseWhoAreBusyWithThem(t *testing.T) {
 }
 
 // Of equal requests at the same time one makes the order, and the others find
-// it, in whatever order and groups they arrive.
+// it, in whatever order and groups they arrive; and nobody waits for one who
+// waits for him.
 func TestPostgresMakesOneOrderOfEqualRequestsToManyProcesses(t *testing.T) {
-	one, two, dsn := openTwice(t)
-	const numbers, clients = 40, 8
+	dsn := services.Postgres(t)
+	one, two := openPostgres(t, dsn), openPostgres(t, dsn)
+	const numbers, clients = 200, 8
 	var mu sync.Mutex
 	made, told := map[string]uuid.UUID{}, map[string]map[uuid.UUID]bool{}
 	var requests sync.WaitGroup
@@ -212,7 +214,7 @@ func TestPostgresMakesOneOrderOfEqualRequestsToManyProcesses(t *testing.T) {
 		s := []*postgresStore{one, two}[client%2]
 		requests.Go(func() {
 			order := rand.Perm(numbers)
-			for group := range slices.Chunk(order, 1+client) {
+			for group := range slices.Chunk(order, 1+30*client) {
 				var changes []*change
 				for _, i := range group {
 					o := testOrder(fmt.Sprint(i))
@@ -248,6 +250,12 @@ func TestPostgresMakesOneOrderOfEqualRequestsToManyProcesses(t *testing.T) {
 		require.Equal(t, map[uuid.UUID]bool{id: true}, told[number])
 	}
 	requireTrueCounts(t, dsn, one, two)
+	// Servers report what they saw at the latest when they end.
+	require.NoError(t, errors.Join(one.close(), two.close()))
+	soon(t, func() bool {
+		return askPostgres[int64](t, dsn, `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'sluice'`) == 0
+	})
+	require.Zero(t, askPostgres[int64](t, dsn, `SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()`))
 }
 
 // Numbers change hands while others ask for them: no error, nobody is told of an
