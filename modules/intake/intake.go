@@ -87,7 +87,9 @@ type Module struct {
 }
 
 // Open opens the store, brings it up to date, and makes every order due that
-// an earlier process left unfinished. It starts nothing: see Run.
+// an earlier process left unfinished, where no other process can be busy with
+// it. A database server that is not up yet is waited for until ctx ends. It
+// publishes nothing: see Run.
 func Open(ctx context.Context, cfg Config, storeCfg StoreConfig, retry RetryConfig, deps Deps) (*Module, error) {
 	s, err := openStore(ctx, storeCfg, deps.Logger)
 	if err != nil {

@@ -253,9 +253,12 @@ func explainPostgres(err error, conf *pgx.ConnConfig) error {
 	return oneLine(err)
 }
 
-// oneLine takes the line breaks out of an error: there are some if a host name
-// has several addresses.
+// oneLine shortens the error of a connection, which names every address of the
+// host with and without TLS, a line each, to the first that says what happened.
 func oneLine(err error) error {
+	if failure, ok := errors.AsType[*net.OpError](err); ok {
+		return failure
+	}
 	text := err.Error()
 	if !strings.Contains(text, "\n") {
 		return err
