@@ -114,3 +114,25 @@ func TestFinalStates(t *testing.T) {
 	}
 	require.Equal(t, []contract.Status{contract.StatusSaved, contract.StatusRejected, contract.StatusDead}, final)
 }
+
+func TestAMarkerOnTheWire(t *testing.T) {
+	marker := contract.Marker{SentAt: at}
+	msg, err := marker.Message()
+	require.NoError(t, err)
+	require.True(t, contract.IsMarker(msg))
+	require.False(t, contract.IsMarker(submitted().Message()))
+	require.Equal(t, `{"sentAt":"2026-01-02T03:04:05.678Z"}`, string(msg.Payload))
+	require.Equal(t, "intake.marker.v1", msg.Metadata.Get("ce_type"))
+
+	marker.LostBefore = at.Add(-time.Minute)
+	msg, err = marker.Message()
+	require.NoError(t, err)
+	require.Equal(t, `{"sentAt":"2026-01-02T03:04:05.678Z","lostBefore":"2026-01-02T03:03:05.678Z"}`, string(msg.Payload))
+	got, err := contract.DecodeMarker(msg)
+	require.NoError(t, err)
+	require.Equal(t, marker, got)
+
+	msg.Payload = []byte("{")
+	_, err = contract.DecodeMarker(msg)
+	require.ErrorIs(t, err, contract.ErrUndecodable)
+}

@@ -127,6 +127,37 @@ func orderNumbered(n int) contract.Submitted {
 	return order
 }
 
+func TestModulePassesMarkersOnBehindTheOrders(t *testing.T) {
+	release := make(chan struct{})
+	var calls atomic.Int64
+	backend := newBackend(t, func(w http.ResponseWriter, _ *http.Request) {
+		calls.Add(1)
+		<-release
+		w.WriteHeader(http.StatusOK)
+	})
+	g := startGateway(t, backend.URL, 1, quietDeps())
+	sent := contract.Marker{SentAt: time.Now().UTC(), LostBefore: time.Now().UTC().Add(-time.Hour)}
+	marker, err := sent.Message()
+	require.NoError(t, err)
+	g.submit(t, orderNumbered(1).Message())
+	require.Eventually(t, func() bool { return g.module.Stats().InFlight == 1 }, soon, time.Millisecond)
+	g.submit(t, marker)
+	select {
+	case <-g.outcomes:
+		require.FailNow(t, "the marker did not wait for a permit")
+	case <-time.After(20 * time.Millisecond):
+	}
+	close(release)
+	for range 2 { // in either order: the outcome is published when its permit is free
+		if msg := next(t, g.outcomes); contract.IsMarker(msg) {
+			got, err := contract.DecodeMarker(msg)
+			require.NoError(t, err)
+			require.Equal(t, sent, got)
+		}
+	}
+	require.EqualValues(t, 1, calls.Load())
+}
+
 func TestModulePublishesTheOutcomeOfEachOrder(t *testing.T) {
 	answers := []struct {
 		status int

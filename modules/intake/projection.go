@@ -36,8 +36,9 @@ func (m *Module) project(msg *message.Message) error {
 	if err != nil {
 		return errors.Join(contract.ErrUndecodable, err)
 	}
-	return m.insist(msg.Context(), func(ctx context.Context) error { return m.finish(ctx, id, out) },
-		"cannot store an outcome; it is held and tried again", "order_id", id, "trace_id", telemetry.TraceID(msg.Context()))
+	return insist(msg.Context(), func(ctx context.Context) error { return m.finish(ctx, id, out) }, func(err error) {
+		m.logger.Error("cannot store an outcome; it is held and tried again", "order_id", id, "trace_id", telemetry.TraceID(msg.Context()), "error", err)
+	})
 }
 
 // passed takes a marker over that has come back.
@@ -46,18 +47,19 @@ func (m *Module) passed(msg *message.Message) error {
 	if err != nil {
 		return err
 	}
-	return m.insist(msg.Context(), func(ctx context.Context) error { return m.sweeper.passed(ctx, marker) },
-		"cannot look for lost orders; tried again")
+	return insist(msg.Context(), func(ctx context.Context) error { return m.sweeper.passed(ctx, marker) }, func(err error) {
+		m.logger.Error("cannot look for lost orders; tried again", "error", err)
+	})
 }
 
 // insist calls do until it succeeds or ctx ends.
-func (m *Module) insist(ctx context.Context, do func(context.Context) error, complaint string, args ...any) error {
+func insist(ctx context.Context, do func(context.Context) error, complain func(error)) error {
 	for pause := projectPauseMin; ; pause = min(2*pause, projectPauseMax) {
 		err := do(ctx)
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
-		m.logger.ErrorContext(ctx, complaint, append(args, "error", err)...)
+		complain(err)
 		wait(ctx, pause, nil)
 		if ctx.Err() != nil {
 			return err

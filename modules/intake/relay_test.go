@@ -99,26 +99,43 @@ func (l *topicLog) of(topic string) []string {
 func testModule(t *testing.T, window int) (*Module, *brokenStore, *topicLog) {
 	t.Helper()
 	s, log := &brokenStore{store: newMemoryStore()}, &topicLog{}
+	return runModule(t, s, Bus{Publisher: log, Window: window, System: "test"}), s, log
+}
+
+// runModule runs a module until the end of the test.
+func runModule(t *testing.T, s store, bus Bus) *Module {
+	t.Helper()
+	ctx, stop := context.WithCancel(t.Context())
+	m, wait := startModule(ctx, t, s, bus)
+	t.Cleanup(func() {
+		stop()
+		wait()
+	})
+	return m
+}
+
+// startModule runs a module until ctx ends. The second result waits for that
+// and closes it, but not its store.
+func startModule(ctx context.Context, t *testing.T, s store, bus Bus) (m *Module, wait func()) {
+	t.Helper()
 	m, err := newModule(t.Context(), DefaultConfig(), DefaultStoreConfig(), threeTry, Deps{
 		Logger:         slog.New(slog.DiscardHandler),
 		TracerProvider: tracenoop.NewTracerProvider(),
 		MeterProvider:  metricnoop.NewMeterProvider(),
 		Propagator:     propagation.TraceContext{},
-		Bus:            Bus{Publisher: log, Window: window, System: "test"},
+		Bus:            bus,
+		AttemptTimeout: 10 * time.Second,
 	}, s)
 	require.NoError(t, err)
-	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		_ = m.Run(ctx) // ends without an error
 	}()
-	t.Cleanup(func() {
-		stop()
+	return m, func() {
 		<-done
 		require.NoError(t, m.Close())
-	})
-	return m, s, log
+	}
 }
 
 func submit(t *testing.T, m *Module, number string) *order {

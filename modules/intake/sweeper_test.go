@@ -1,0 +1,222 @@
+package intake
+
+import (
+	"context"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/stretchr/testify/require"
+
+	"sluice/modules/contract"
+)
+
+// queue is a broker that keeps messages, in order, until the test takes or loses
+// them.
+type queue struct {
+	mu       sync.Mutex
+	waiting  []*message.Message
+	accepted map[string]int // publications by message id
+	markers  int
+	slow     time.Duration // what a publish takes
+}
+
+func (q *queue) Publish(_ string, msgs ...*message.Message) error {
+	q.mu.Lock()
+	slow := q.slow
+	q.mu.Unlock()
+	time.Sleep(slow) //nolint:forbidigo // the clock of the test's bubble
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, msg := range msgs {
+		if contract.IsMarker(msg) {
+			q.markers++
+		} else {
+			q.accepted[msg.UUID]++
+		}
+	}
+	q.waiting = append(q.waiting, msgs...)
+	return nil
+}
+
+func (q *queue) Close() error { return nil }
+
+func (q *queue) slows(d time.Duration) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.slow = d
+}
+
+// take removes up to n messages from the head.
+func (q *queue) take(n int) []*message.Message {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n = min(n, len(q.waiting))
+	taken := q.waiting[:n]
+	q.waiting = q.waiting[n:]
+	return taken
+}
+
+// repeated is the number of messages that were published more than once.
+func (q *queue) repeated() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n := 0
+	for _, times := range q.accepted {
+		n += times - 1
+	}
+	return n
+}
+
+// answer plays dispatch: orders are saved, markers come back.
+func answer(t *testing.T, m *Module, msgs []*message.Message) {
+	t.Helper()
+	for _, msg := range msgs {
+		if !contract.IsMarker(msg) {
+			order, err := contract.DecodeSubmitted(msg)
+			require.NoError(t, err)
+			msg, err = contract.Outcome{Type: contract.TypeSaved, OrderID: order.OrderID, Attempt: order.Attempt}.Message()
+			require.NoError(t, err)
+		}
+		require.NoError(t, m.project(msg))
+	}
+}
+
+// sweeping runs a test in a bubble of its own time, with a module on a broker
+// that keeps messages.
+func sweeping(t *testing.T, test func(t *testing.T, m *Module, q *queue)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		q := &queue{accepted: map[string]int{}}
+		m := runModule(t, newMemoryStore(), Bus{Publisher: q, Carrier: "test", System: "test"})
+		test(t, m, q)
+	})
+}
+
+func pass(d time.Duration) {
+	time.Sleep(d) //nolint:forbidigo // the clock of the test's bubble
+	synctest.Wait()
+}
+
+// submitNow accepts orders and returns when the relay has done its work.
+func submitNow(t *testing.T, m *Module, n int) {
+	t.Helper()
+	for range n {
+		o := testOrder("")
+		o.AcceptedAt, o.PublishAt = now(), now()
+		require.NoError(t, m.writer.do(t.Context(), &change{insert: o}))
+	}
+	synctest.Wait()
+}
+
+func waitingOrders(m *Module) int64 { return backlogOf(m.store.counts()) }
+
+func TestOrdersWhoseMessagesTheBrokerLostBecomeDueAgain(t *testing.T) {
+	sweeping(t, func(t *testing.T, m *Module, q *queue) {
+		for round := range 3 {
+			submitNow(t, m, 700)
+			require.Len(t, q.take(700), 700) // the queue is purged
+			for range 60 {
+				pass(10 * time.Second)
+				answer(t, m, q.take(10_000))
+			}
+			require.Zero(t, waitingOrders(m))
+			require.Equal(t, 700*(round+1), q.repeated())
+		}
+	})
+}
+
+func TestALongQueueIsNotTakenForALostOne(t *testing.T) {
+	sweeping(t, func(t *testing.T, m *Module, q *queue) {
+		submitNow(t, m, 6000)
+		for range 6000 / 5 {
+			pass(5 * time.Second) // an hour and forty minutes in all
+			answer(t, m, q.take(5))
+		}
+		require.LessOrEqual(t, q.markers, 60, "the longer the queue, the fewer markers")
+		answer(t, m, q.take(100))
+		require.Zero(t, waitingOrders(m))
+		require.Zero(t, q.repeated())
+	})
+}
+
+func TestOneLostOrderIsFoundInALongQueue(t *testing.T) {
+	sweeping(t, func(t *testing.T, m *Module, q *queue) {
+		submitNow(t, m, 1000)
+		q.take(3)
+		for range 2000 {
+			pass(5 * time.Second)
+			answer(t, m, q.take(2))
+		}
+		require.Zero(t, waitingOrders(m))
+		require.Equal(t, 3, q.repeated())
+	})
+}
+
+func TestAnAttemptThatTakesAllOfItsTimeIsNotTakenForLost(t *testing.T) {
+	sweeping(t, func(t *testing.T, m *Module, q *queue) {
+		submitNow(t, m, 20)
+		slow := q.take(20)
+		for range 4 * m.deps.AttemptTimeout / time.Second {
+			pass(time.Second)
+			answer(t, m, q.take(1)) // markers overtake it
+		}
+		answer(t, m, slow)
+		pass(time.Hour)
+		require.Zero(t, waitingOrders(m))
+		require.Zero(t, q.repeated())
+	})
+}
+
+func TestNobodyIsTakenForLostWhileTheBrokerBlocksPublishing(t *testing.T) {
+	sweeping(t, func(t *testing.T, m *Module, q *queue) {
+		submitNow(t, m, 20)
+		held := q.take(20) // attempts whose outcomes cannot be published
+		pass(15 * time.Second)
+		answer(t, m, q.take(1)) // a first marker is back
+		q.slows(10 * time.Minute)
+		pass(5 * time.Minute)
+		q.slows(0)
+		pass(5*time.Minute + 30*time.Second)
+		answer(t, m, q.take(10)) // markers overtake the outcomes
+		answer(t, m, held)
+		require.Zero(t, waitingOrders(m))
+		require.Zero(t, q.repeated())
+	})
+}
+
+func TestMarkersRestWhereNobodyIsSilent(t *testing.T) {
+	sweeping(t, func(t *testing.T, m *Module, q *queue) {
+		pass(time.Hour)
+		submitNow(t, m, 10)
+		answer(t, m, q.take(10))
+		pass(time.Hour)
+		require.Zero(t, q.markers)
+	})
+}
+
+func TestOrdersOfAnotherBrokerBecomeDueAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newMemoryStore()
+		// published runs a process on a broker and returns how many orders it
+		// published.
+		published := func(carrier string, submit int) int {
+			q := &queue{accepted: map[string]int{}}
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			m, wait := startModule(ctx, t, s, Bus{Publisher: q, Carrier: carrier, System: "test"})
+			submitNow(t, m, submit)
+			pass(time.Second)
+			stop()
+			wait()
+			return len(q.take(10_000))
+		}
+		require.Equal(t, 700, published("first", 700))
+		require.Zero(t, published("first", 0), "it has them already")
+		require.Equal(t, 701, published("second", 1))
+		require.Zero(t, published("second", 0))
+		require.Equal(t, 702, published("first", 1))
+	})
+}
