@@ -80,6 +80,7 @@ func New(cfg Config, backend BackendConfig, client *Client, bus Bus, deps Deps) 
 	// The permit is held for the attempt only: waiting for one is before the
 	// time limit begins, publishing the outcome comes after it is given back.
 	m.handler = middleware.Chain(m.handle,
+		middleware.Roomy,
 		middleware.Recover(deps.Logger),
 		middleware.Tracing(deps.TracerProvider, deps.Propagator, bus.System, contract.GroupDispatch, bus.Redelivered),
 		metrics,

@@ -142,6 +142,7 @@ func (m *Module) Register(router *message.Router) error {
 	bus := m.deps.Bus
 	handler := middleware.Chain(
 		func(msg *message.Message) ([]*message.Message, error) { return nil, m.project(msg) },
+		middleware.Roomy,
 		middleware.Recover(m.logger),
 		middleware.Tracing(m.deps.TracerProvider, m.deps.Propagator, bus.System, contract.GroupIntake, bus.Redelivered),
 		metrics,
