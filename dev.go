@@ -88,7 +88,7 @@ func dev(ctx context.Context, cfg config.Config, backendAddr string, stdout, std
 
 	backendURL := localURL(listener.Addr().String())
 	cfg.Backend.URL = backendURL + "/orders"
-	return serve(ctx, cfg, telemetry.NewLogger(cfg.Log, stderr), telemetry.Start, func(public, admin string) {
+	return serve(ctx, cfg, config.Modules(), telemetry.NewLogger(cfg.Log, stderr), telemetry.Start, func(public, admin string) {
 		kept := "The orders stay in " + cfg.Store.DSN + " and are there again after the next start."
 		if cfg.Store.Driver == intake.DriverMemory {
 			kept = "The orders are gone then, since store.driver is memory."

@@ -46,7 +46,7 @@ func serveCommand() *cobra.Command {
 		if err := cfg.CheckModules(modules); err != nil {
 			return err
 		}
-		return serve(cmd.Context(), cfg, telemetry.NewLogger(cfg.Log, cmd.ErrOrStderr()), telemetry.Start, nil)
+		return serve(cmd.Context(), cfg, modules, telemetry.NewLogger(cfg.Log, cmd.ErrOrStderr()), telemetry.Start, nil)
 	}
 	return cmd
 }
@@ -92,11 +92,12 @@ const telemetryFlushTimeout = 5 * time.Second
 // startTelemetry is telemetry.Start, or what a test has in its place.
 type startTelemetry func(ctx context.Context, version string, logger *slog.Logger) (*telemetry.Telemetry, error)
 
-// serve wires the gateway and runs it until ctx ends, then stops it: not ready,
-// no new orders, calls in flight finish, their outcomes are stored, all is
-// closed. ready, if not nil, is called with both addresses once the gateway
-// takes orders.
-func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start startTelemetry, ready func(public, admin string)) (err error) {
+// serve wires the gateway's modules and runs them until ctx ends, then stops:
+// not ready, no new orders, calls in flight finish, their outcomes are stored,
+// all is closed. ready, if not nil, is called with both addresses once the
+// gateway does its work; without intake the public one is empty.
+func serve(ctx context.Context, cfg config.Config, modules []string, logger *slog.Logger, start startTelemetry, ready func(public, admin string)) (err error) {
+	withIntake, withDispatch := slices.Contains(modules, config.ModuleIntake), slices.Contains(modules, config.ModuleDispatch)
 	paceCollector(cfg.Store.Driver)
 	// What is opened is closed in reverse order, whatever happened.
 	var closers closers
@@ -145,74 +146,6 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 		}
 		return nil
 	})
-
-	bus, err := pubsub.Open(ctx, cfg.PubSub, topology, logger)
-	if err != nil {
-		return fmt.Errorf("open broker %s: %w", cfg.PubSub.Backend, err)
-	}
-	closers.add("broker", func(context.Context) error { return bus.Close() })
-	health.Add("broker", false, bus.Health)
-	traced := func(p message.Publisher) message.Publisher {
-		return middleware.TracingPublisher(p, tel.TracerProvider, tel.Propagator, bus.Name())
-	}
-
-	client, err := dispatch.NewClient(cfg.Backend, cfg.Dispatch.Config, dispatch.Deps{
-		Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator})
-	if err != nil {
-		return fmt.Errorf("set up the backend client: %w", err)
-	}
-	closers.add("backend client", func(context.Context) error { client.Close(); return nil })
-
-	outcomes := bus.Subscriber(contract.GroupIntake, outcomesInFlight)
-	in, err := intake.Open(ctx, cfg.Intake, cfg.Store, cfg.Dispatch.RetryConfig, intake.Deps{
-		Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator,
-		Direct: client, AttemptTimeout: cfg.Backend.Timeout,
-		Bus: intake.Bus{Publisher: traced(bus.Publisher()), Subscriber: outcomes, Poison: traced(bus.Publisher()),
-			Window: window(bus.Window(), ordersInFlight(cfg.Dispatch.Concurrency)), Carrier: bus.Name(), System: bus.Name(), Redelivered: pubsub.Redelivered},
-	})
-	if err != nil {
-		return err
-	}
-	closers.add("store", func(context.Context) error { return in.Close() })
-	health.Add("storage", true, in.Check)
-	in.Routes(mux)
-	in.AdminRoutes(adminMux)
-
-	orders := bus.Subscriber(contract.GroupDispatch, ordersInFlight(cfg.Dispatch.Concurrency))
-	out, err := dispatch.New(cfg.Dispatch.Config, cfg.Backend, client, dispatch.Bus{
-		Subscriber: orders, Outcomes: traced(bus.Confirmed()), Poison: traced(bus.Publisher()), System: bus.Name(), Redelivered: pubsub.Redelivered,
-	}, dispatch.Deps{Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator})
-	if err != nil {
-		return fmt.Errorf("set up dispatch: %w", err)
-	}
-	adminMux.HandleFunc("GET /admin/status", statusHandler(in, out, bus))
-
-	router, err := message.NewRouter(message.RouterConfig{CloseTimeout: routerCloseTimeout}, pubsub.Logger(logger))
-	if err != nil {
-		return fmt.Errorf("set up the router: %w", err)
-	}
-	out.Register(router)
-	if !bus.Durable() {
-		// A broker that keeps nothing would refuse poison that nobody takes.
-		router.AddConsumerHandler("poison", contract.TopicPoison, bus.Subscriber(groupPoison, 1), logPoison(logger))
-	}
-	if err := in.Register(router); err != nil {
-		return fmt.Errorf("set up intake: %w", err)
-	}
-
-	public, err := httpserver.Listen("public", cfg.HTTP.Addr, cfg.HTTP, httpserver.Handler(mux, logger), logger)
-	if err != nil {
-		return err
-	}
-	closers.add("public server", func(ctx context.Context) error {
-		if err := public.Shutdown(ctx); err != nil {
-			logger.Warn("clients that were too slow were cut off; what they had been promised is kept", "error", err)
-		}
-		return nil
-	})
-
-	// From here on things run. Consumers come first, then the relay, whose
-	// messages they take, then the clients.
 	failed := make(chan error, 4)
 	background := func(run func() error) (wait func()) {
 		done := make(chan struct{})
@@ -224,8 +157,86 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 		}()
 		return func() { <-done }
 	}
-
 	background(admin.Serve)
+
+	bus, err := pubsub.Open(ctx, cfg.PubSub, topology, logger)
+	if err != nil {
+		return fmt.Errorf("open broker %s: %w", cfg.PubSub.Backend, err)
+	}
+	closers.add("broker", func(context.Context) error { return bus.Close() })
+	// Intake does its work without the broker for as long as it takes.
+	health.Add("broker", !withIntake, bus.Health)
+	traced := func(p message.Publisher) message.Publisher {
+		return middleware.TracingPublisher(p, tel.TracerProvider, tel.Propagator, bus.Name())
+	}
+	router, err := message.NewRouter(message.RouterConfig{CloseTimeout: routerCloseTimeout}, pubsub.Logger(logger))
+	if err != nil {
+		return fmt.Errorf("set up the router: %w", err)
+	}
+
+	// Both modules call the backend: dispatch for what is queued, intake for
+	// POST /orders/sync.
+	client, err := dispatch.NewClient(cfg.Backend, cfg.Dispatch.Config, dispatch.Deps{
+		Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator})
+	if err != nil {
+		return fmt.Errorf("set up the backend client: %w", err)
+	}
+	closers.add("backend client", func(context.Context) error { client.Close(); return nil })
+
+	var in *intake.Module
+	outcomes := bus.Subscriber(contract.GroupIntake, outcomesInFlight)
+	if withIntake {
+		if in, err = intake.Open(ctx, cfg.Intake, cfg.Store, cfg.Dispatch.RetryConfig, intake.Deps{
+			Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator,
+			Direct: client, AttemptTimeout: cfg.Backend.Timeout,
+			Bus: intake.Bus{Publisher: traced(bus.Publisher()), Subscriber: outcomes, Poison: traced(bus.Publisher()),
+				Window: window(bus.Window(), ordersInFlight(cfg.Dispatch.Concurrency)), Carrier: bus.Place(), System: bus.Name(), Redelivered: pubsub.Redelivered},
+		}); err != nil {
+			return err
+		}
+		closers.add("store", func(context.Context) error { return in.Close() })
+		health.Add("storage", true, in.Check)
+		in.Routes(mux)
+		in.AdminRoutes(adminMux)
+		if err := in.Register(router); err != nil {
+			return fmt.Errorf("set up intake: %w", err)
+		}
+	}
+
+	var out *dispatch.Module
+	orders := bus.Subscriber(contract.GroupDispatch, ordersInFlight(cfg.Dispatch.Concurrency))
+	if withDispatch {
+		if out, err = dispatch.New(cfg.Dispatch.Config, cfg.Backend, client, dispatch.Bus{
+			Subscriber: orders, Outcomes: traced(bus.Confirmed()), Poison: traced(bus.Publisher()), System: bus.Name(), Redelivered: pubsub.Redelivered,
+		}, dispatch.Deps{Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator}); err != nil {
+			return fmt.Errorf("set up dispatch: %w", err)
+		}
+		out.Register(router)
+	}
+	if !bus.Durable() {
+		// A broker that keeps nothing would refuse poison that nobody takes.
+		router.AddConsumerHandler("poison", contract.TopicPoison, bus.Subscriber(groupPoison, 1), logPoison(logger))
+	}
+	adminMux.HandleFunc("GET /admin/status", statusHandler(in, out, bus))
+
+	var public *httpserver.Server
+	publicAddr := ""
+	if withIntake {
+		if public, err = httpserver.Listen("public", cfg.HTTP.Addr, cfg.HTTP, httpserver.Handler(mux, logger), logger); err != nil {
+			return err
+		}
+		publicAddr = public.Addr()
+		closers.add("public server", func(ctx context.Context) error {
+			if err := public.Shutdown(ctx); err != nil {
+				logger.Warn("clients that were too slow were cut off; what they had been promised is kept", "error", err)
+			}
+			return nil
+		})
+	}
+
+	// From here on things run. Consumers come first, then the relay, whose
+	// messages they take, then the clients.
+	//
 	// The router gets a context that never ends: it would cancel the messages
 	// in flight and hand them out again. Drain comes before its Close.
 	routerDone := background(func() error { return router.Run(context.WithoutCancel(ctx)) })
@@ -237,20 +248,27 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 		return fmt.Errorf("start: %w", err)
 	}
 
-	relayCtx, stopRelay := context.WithCancel(context.WithoutCancel(ctx))
-	relayDone := background(func() error { return in.Run(relayCtx) })
-	background(public.Serve)
+	stopRelay := func() {}
+	if withIntake {
+		relayCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		relayDone := background(func() error { return in.Run(relayCtx) })
+		stopRelay = func() { cancel(); relayDone() }
+		background(public.Serve)
+	}
 	closers.add("backend calls in flight", func(ctx context.Context) error {
 		// At the same time as the public server stops: a client that does not
 		// send or read must not take the time in which calls could end.
 		clients := make(chan struct{})
 		go func() {
 			defer close(clients)
-			_ = public.Shutdown(ctx) // its own closer says what came of it
+			if withIntake {
+				_ = public.Shutdown(ctx) // its own closer says what came of it
+			}
 		}()
 		stopRelay()
-		relayDone()
-		out.Stop() // or the drain would wait for those as well that wait for a permit
+		if withDispatch {
+			out.Stop() // or the drain would wait for those as well that wait for a permit
+		}
 		err := orders.Drain(ctx)
 		<-clients
 		return err
@@ -258,10 +276,10 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 
 	health.SetReady()
 	started = true
-	logger.Info("ready", "version", buildVersion(), "addr", public.Addr(), "admin_addr", admin.Addr(), "broker", bus.Name(),
+	logger.Info("ready", "version", buildVersion(), "modules", modules, "addr", publicAddr, "admin_addr", admin.Addr(), "broker", bus.Name(),
 		"store", cfg.Store.Driver, "backend", redacted(cfg.Backend.URL), "concurrency", cfg.Dispatch.Concurrency)
 	if ready != nil {
-		ready(public.Addr(), admin.Addr())
+		ready(publicAddr, admin.Addr())
 	}
 
 	select {
@@ -269,7 +287,7 @@ func serve(ctx context.Context, cfg config.Config, logger *slog.Logger, start st
 	case err = <-failed:
 	}
 	health.SetDraining()
-	logger.Info("stopping: no new orders, backend calls in flight finish", "in_flight", out.Stats().InFlight, "at_most", cfg.HTTP.ShutdownTimeout)
+	logger.Info("stopping: no new orders, backend calls in flight finish", "in_flight", orders.InFlight(), "at_most", cfg.HTTP.ShutdownTimeout)
 	return err
 }
 
@@ -286,7 +304,8 @@ func logPoison(logger *slog.Logger) message.NoPublishHandlerFunc {
 	}
 }
 
-// statusHandler is GET /admin/status: what an operator asks first.
+// statusHandler is GET /admin/status: what an operator asks first. What belongs
+// to a module that is not in this process is null or 0.
 func statusHandler(in *intake.Module, out *dispatch.Module, bus *pubsub.PubSub) http.HandlerFunc {
 	type rates struct {
 		Accepted float64 `json:"accepted"`
@@ -299,28 +318,35 @@ func statusHandler(in *intake.Module, out *dispatch.Module, bus *pubsub.PubSub) 
 	type state struct {
 		State string `json:"state"`
 	}
+	type status struct {
+		Backlog              *int64   `json:"backlog"`
+		OldestWaitingSeconds *float64 `json:"oldestWaitingSeconds"`
+		InFlight             int      `json:"inFlight"`
+		Limit                int      `json:"limit"`
+		Rates                *rates   `json:"rates"`
+		Broker               broker   `json:"broker"`
+		Dispatch             state    `json:"dispatch"`
+	}
 	return func(w http.ResponseWriter, r *http.Request) {
-		stats, err := in.Stats(r.Context())
-		if err != nil {
-			httpserver.WriteProblem(w, r, httpserver.Problem{Type: "storage-unavailable", Title: "The store cannot be read",
-				Status: http.StatusServiceUnavailable, Detail: err.Error()})
-			return
+		s := status{Broker: broker{bus.Name(), "ok"}, Dispatch: state{"elsewhere"}}
+		if in != nil {
+			stats, err := in.Stats(r.Context())
+			if err != nil {
+				httpserver.WriteProblem(w, r, httpserver.Problem{Type: "storage-unavailable", Title: "The store cannot be read",
+					Status: http.StatusServiceUnavailable, Detail: err.Error()})
+				return
+			}
+			oldest := stats.OldestWaiting.Seconds()
+			s.Backlog, s.OldestWaitingSeconds, s.Rates = &stats.Backlog, &oldest, &rates{stats.AcceptedRate, stats.SavedRate}
 		}
-		brokerState := "ok"
 		if err := bus.Health(r.Context()); err != nil {
-			brokerState = "unavailable: " + err.Error()
+			s.Broker.State = "unavailable: " + err.Error()
 		}
-		d := out.Stats()
-		httpserver.WriteJSON(w, r, http.StatusOK, struct {
-			Backlog              int64   `json:"backlog"`
-			OldestWaitingSeconds float64 `json:"oldestWaitingSeconds"`
-			InFlight             int     `json:"inFlight"`
-			Limit                int     `json:"limit"`
-			Rates                rates   `json:"rates"`
-			Broker               broker  `json:"broker"`
-			Dispatch             state   `json:"dispatch"`
-		}{stats.Backlog, stats.OldestWaiting.Seconds(), d.InFlight, d.Limit,
-			rates{stats.AcceptedRate, stats.SavedRate}, broker{bus.Name(), brokerState}, state{"running"}})
+		if out != nil {
+			d := out.Stats()
+			s.InFlight, s.Limit, s.Dispatch = d.InFlight, d.Limit, state{"running"}
+		}
+		httpserver.WriteJSON(w, r, http.StatusOK, s)
 	}
 }
 

@@ -95,7 +95,7 @@ func serveTraced(t *testing.T, change func(*config.Config, *telemetry.Telemetry)
 	ctx, cancel := context.WithCancel(t.Context())
 	ready, stopped := make(chan struct{}), make(chan error, 1)
 	go func() {
-		stopped <- serve(ctx, cfg, telemetry.NewLogger(cfg.Log, &g.logs),
+		stopped <- serve(ctx, cfg, config.Modules(), telemetry.NewLogger(cfg.Log, &g.logs),
 			func(context.Context, string, *slog.Logger) (*telemetry.Telemetry, error) { return tel, nil },
 			func(public, admin string) {
 				g.url, g.admin = "http://"+public, "http://"+admin

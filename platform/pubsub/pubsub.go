@@ -65,6 +65,7 @@ type Topology map[string][]string
 // PubSub is an open broker. It is safe for concurrent use.
 type PubSub struct {
 	name    string
+	place   string
 	window  int
 	durable bool
 	backend backend
@@ -108,7 +109,7 @@ func Open(ctx context.Context, cfg Config, topology Topology, logger *slog.Logge
 		return nil, fmt.Errorf("open pubsub %s: %w", cfg.Backend, err)
 	}
 	_ = topology // a broker that keeps nothing has nothing to prepare
-	p := &PubSub{name: cfg.Backend, closing: make(chan struct{})}
+	p := &PubSub{name: cfg.Backend, place: cfg.Backend, closing: make(chan struct{})}
 	switch cfg.Backend {
 	case BackendGoChannel:
 		p.window = cfg.GoChannel.Window
@@ -122,6 +123,11 @@ func Open(ctx context.Context, cfg Config, topology Topology, logger *slog.Logge
 // Name is the backend's name in the configuration; it also serves as the
 // messaging system of traces.
 func (p *PubSub) Name() string { return p.name }
+
+// Place names the broker and where in it the messages are, without the host: a
+// broker that moves to another one, or is called by another name, takes its
+// messages along.
+func (p *PubSub) Place() string { return p.place }
 
 // Window is the most messages that a publisher may have published and
 // unfinished at a time, 0 for no limit. A broker with a window holds its
