@@ -48,8 +48,10 @@ fmt: $(LINT) ## Format the code
 	$(LINT) fmt
 
 .PHONY: bench
-bench: ## Run the benchmarks
+bench: ## Run the benchmarks, and last (two minutes) those of what others do with the same work
 	go test -run '^$$' -bench . -benchmem ./...
+	@# A module of its own: what it is built of is no dependency of Sluice.
+	go -C e2e/rivals test -run '^$$' -bench . -benchtime 1x
 
 .PHONY: fuzz
 fuzz: ## Run each fuzz target for FUZZTIME (30s)
