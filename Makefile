@@ -1,5 +1,6 @@
 # `make` alone prints the targets. Needs Go, nothing else; the race detector
-# needs a C compiler as well and is left out where there is none.
+# needs a C compiler as well and is left out where there is none, and the tests
+# that need RabbitMQ or PostgreSQL are skipped where neither can be had.
 
 .DEFAULT_GOAL := help
 
@@ -32,8 +33,14 @@ dev: run ## The same as run
 build: ## Build bin/sluice
 	$(GOBUILD) -o bin/sluice .
 
+.PHONY: services
+services: ## Find or start the RabbitMQ and the PostgreSQL of the tests
+	docker/services.sh
+
 .PHONY: test
-test: ## Run all tests with the race detector
+test: ## Run all tests with the race detector, and first start the services that they need
+	@# Without them, tests are skipped and say so; in CI that would pass for a success.
+	docker/services.sh || test -z "$$CI"
 	go test $(RACE) -timeout 6m $$(go list ./... | grep -v '/e2e')
 	@# The end-to-end tests start real processes: they get the machine to themselves, and are never
 	@# cached, since the cache does not see what the binary that they build is made of.
@@ -48,8 +55,10 @@ fmt: $(LINT) ## Format the code
 	$(LINT) fmt
 
 .PHONY: bench
-bench: ## Run the benchmarks
+bench: ## Run the benchmarks, and last (two minutes) those of what others do with the same work
 	go test -run '^$$' -bench . -benchmem ./...
+	@# A module of its own: what it is built of is no dependency of Sluice.
+	go -C e2e/rivals test -run '^$$' -bench . -benchtime 1x
 
 .PHONY: fuzz
 fuzz: ## Run each fuzz target for FUZZTIME (30s)

@@ -71,11 +71,16 @@ func listPackages(t *testing.T) []goPackage {
 	}
 }
 
+// services gives tests a broker and a database.
+const services = "e2e/services"
+
 // mayImport is the import rule: arrows point down only, modules know each other
 // by their contract alone, and platform packages stand side by side.
 func mayImport(from, to string) bool {
 	in := func(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
 	switch {
+	case to == services:
+		return in(from, "platform") || in(from, "modules") || in(from, "e2e") // their tests
 	case from == "":
 		return to != "e2e"
 	case from == "config":
@@ -101,6 +106,12 @@ func TestImportsPointDownOnly(t *testing.T) {
 	}
 }
 
+func TestOnlyTestsUseServices(t *testing.T) {
+	for _, p := range listPackages(t) {
+		require.NotContains(t, p.Imports, module+"/"+services, p.ImportPath)
+	}
+}
+
 func TestTheImportRuleRefuses(t *testing.T) {
 	for _, arrow := range [][2]string{
 		{"modules/intake", "modules/dispatch"},
@@ -109,6 +120,7 @@ func TestTheImportRuleRefuses(t *testing.T) {
 		{"platform/pubsub", "platform/middleware"},
 		{"platform/middleware", "modules/contract"},
 		{"config", "e2e/backend"},
+		{"config", "e2e/services"},
 		{"e2e/backend", "modules/contract"},
 		{"e2e", "config"},
 		{"somewhere/new", "platform/pubsub"},

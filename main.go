@@ -75,6 +75,7 @@ func newRootCommand(stdout, stderr io.Writer) *cobra.Command {
 		serveCommand(),
 		devCommand(),
 		backendCommand(),
+		readyCommand(),
 		configCommand(),
 		versionCommand(),
 	)

@@ -29,7 +29,7 @@ func TestWithoutArgumentsTheCommandsAreListed(t *testing.T) {
 	code, stdout, stderr := sluice(t)
 	require.Zero(t, code)
 	require.Empty(t, stderr)
-	for _, command := range []string{"serve", "dev", "backend", "config", "version"} {
+	for _, command := range []string{"serve", "dev", "backend", "ready", "config", "version"} {
 		require.Equal(t, 1, strings.Count(stdout, "\n  "+command+" "), "%s in:\n%s", command, stdout)
 	}
 }

@@ -79,8 +79,14 @@ func window(limit, inFlight int) int {
 }
 
 // outcomesInFlight is how many outcomes are taken over at once. They share
-// transactions, so more of them make larger groups, not more work.
-const outcomesInFlight = 1024
+// transactions, so more of them make larger groups, not more work; but each one
+// that a broker outside of the process hands out costs it a channel or a lease.
+func outcomesInFlight(durable bool) int {
+	if durable {
+		return 256
+	}
+	return 1024
+}
 
 // adminStopTimeout bounds what a stopping process waits for operators, who may
 // be in the middle of a long profile.
@@ -167,7 +173,7 @@ func serve(ctx context.Context, cfg config.Config, modules []string, logger *slo
 	// Intake does its work without the broker for as long as it takes.
 	health.Add("broker", !withIntake, bus.Health)
 	traced := func(p message.Publisher) message.Publisher {
-		return middleware.TracingPublisher(p, tel.TracerProvider, tel.Propagator, bus.Name())
+		return middleware.TracingPublisher(p, tel.TracerProvider, tel.Propagator, bus.System())
 	}
 	router, err := message.NewRouter(message.RouterConfig{CloseTimeout: routerCloseTimeout}, pubsub.Logger(logger))
 	if err != nil {
@@ -184,13 +190,13 @@ func serve(ctx context.Context, cfg config.Config, modules []string, logger *slo
 	closers.add("backend client", func(context.Context) error { client.Close(); return nil })
 
 	var in *intake.Module
-	outcomes := bus.Subscriber(contract.GroupIntake, outcomesInFlight)
+	outcomes := bus.Subscriber(contract.GroupIntake, outcomesInFlight(bus.Durable()))
 	if withIntake {
 		if in, err = intake.Open(ctx, cfg.Intake, cfg.Store, cfg.Dispatch.RetryConfig, intake.Deps{
 			Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator,
 			Direct: client, AttemptTimeout: cfg.Backend.Timeout,
 			Bus: intake.Bus{Publisher: traced(bus.Publisher()), Subscriber: outcomes, Poison: traced(bus.Publisher()),
-				Window: window(bus.Window(), ordersInFlight(cfg.Dispatch.Concurrency)), Carrier: bus.Place(), System: bus.Name(), Redelivered: pubsub.Redelivered},
+				Window: window(bus.Window(), ordersInFlight(cfg.Dispatch.Concurrency)), Carrier: bus.Place(), System: bus.System(), Redelivered: pubsub.Redelivered},
 		}); err != nil {
 			return err
 		}
@@ -207,7 +213,7 @@ func serve(ctx context.Context, cfg config.Config, modules []string, logger *slo
 	orders := bus.Subscriber(contract.GroupDispatch, ordersInFlight(cfg.Dispatch.Concurrency))
 	if withDispatch {
 		if out, err = dispatch.New(cfg.Dispatch.Config, cfg.Backend, client, dispatch.Bus{
-			Subscriber: orders, Outcomes: traced(bus.Confirmed()), Poison: traced(bus.Publisher()), System: bus.Name(), Redelivered: pubsub.Redelivered,
+			Subscriber: orders, Outcomes: traced(bus.Confirmed()), Poison: traced(bus.Publisher()), System: bus.System(), Redelivered: pubsub.Redelivered,
 		}, dispatch.Deps{Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator}); err != nil {
 			return fmt.Errorf("set up dispatch: %w", err)
 		}
@@ -270,6 +276,13 @@ func serve(ctx context.Context, cfg config.Config, modules []string, logger *slo
 			out.Stop() // or the drain would wait for those as well that wait for a permit
 		}
 		err := orders.Drain(ctx)
+		if withIntake && withDispatch {
+			// Should the next start be with another broker, what is left in
+			// this one would be called again.
+			if err := in.AwaitOutcomes(ctx); err != nil {
+				logger.Warn("outcomes may be left with the broker; they are taken over at the next start with it", "error", err)
+			}
+		}
 		<-clients
 		return err
 	})

@@ -56,6 +56,14 @@ func Default() Config {
 	}
 }
 
+// derive fills in what follows from other keys: one database can be the store
+// and the broker.
+func (c *Config) derive() {
+	if c.PubSub.Backend == pubsub.BackendSQL && c.PubSub.SQL.DSN == "" && pubsub.IsPostgres(c.Store.DSN) {
+		c.PubSub.SQL.DSN = c.Store.DSN
+	}
+}
+
 // Validate returns all faults of the values at once, joined, each beginning
 // with its key.
 func (c Config) Validate() error {

@@ -57,7 +57,9 @@ func TestTheReferenceHasEveryKeyAsItIsPrintedWithAComment(t *testing.T) {
 	}
 	printed, err := config.Default().YAML()
 	require.NoError(t, err)
-	require.Equal(t, string(printed), strings.Join(uncommented, "\n")+"\n")
+	written := strings.Join(uncommented, "\n") + "\n"
+	written = strings.ReplaceAll(written, "//guest:guest@", "//guest:<secret>@") // a password, though everybody knows it
+	require.Equal(t, string(printed), written)
 
 	for _, key := range config.Keys() {
 		require.NotEmpty(t, key.Description, "%s has no comment in sluice.yaml", key.Name)
@@ -88,6 +90,7 @@ func TestTheKeysOfTheContractExist(t *testing.T) {
 		"http.addr": ":8080", "http.admin_addr": "127.0.0.1:8081", "http.tls_cert": "", "http.tls_key": "", "http.shutdown_timeout": "30s",
 		"store.driver": "sqlite", "store.dsn": "data/sluice.db", "store.retention": "720h",
 		"pubsub.backend": "gochannel", "pubsub.gochannel.window": "10000",
+		"pubsub.sql.dsn": "", "pubsub.sql.prefix": "sluice", "pubsub.sql.timeout": "10s",
 		"intake.schema": "", "intake.order_number_pointer": "/orderNumber", "intake.max_body": "1MiB",
 		"intake.max_backlog": "0", "intake.max_wait": "30s", "intake.sync_limit": "0",
 		"dispatch.concurrency": "64", "dispatch.max_response": "64KiB",
@@ -127,6 +130,7 @@ func TestWhatIsPrintedCanBeLoadedAgain(t *testing.T) {
 		again, err := config.Load(file, nil, nil)
 		require.NoError(t, err, string(text))
 		again.Backend.Headers = nil
+		again.PubSub.AMQP.URL = cfg.PubSub.AMQP.URL // was printed without its password
 		require.Equal(t, cfg, again)
 	})
 }
@@ -136,6 +140,7 @@ func TestSecretsAreNotPrinted(t *testing.T) {
 		"backend.headers": "Authorization:Bearer hunter2,X-Tenant:hunter2",
 		"backend.url":     "https://sluice:hunter2@backend.example/orders?a=b@c",
 		"store.dsn":       "file:x.db?password=hunter2&mode=rw",
+		"pubsub.amqp.url": "amqps://sluice:hunter2@rabbit.example/orders",
 	})
 	require.NoError(t, err)
 	text, err := cfg.YAML()
@@ -145,9 +150,70 @@ func TestSecretsAreNotPrinted(t *testing.T) {
 		"Authorization: <secret>\n", "X-Tenant: <secret>\n",
 		"url: https://sluice:<secret>@backend.example/orders?a=b@c\n",
 		"dsn: file:x.db?password=<secret>&mode=rw\n",
+		"url: amqps://sluice:<secret>@rabbit.example/orders\n",
 	} {
 		require.Contains(t, string(text), shown)
 	}
+}
+
+func TestThePasswordOfADatabaseIsNotPrinted(t *testing.T) {
+	cfg, err := config.Load("", nil, map[string]string{
+		"store.driver": "postgres", "store.dsn": "postgres://sluice:hunter%2F2@db.example:5432/orders?sslmode=require&sslpassword=hunter%2F2",
+	})
+	require.NoError(t, err)
+	text, err := cfg.YAML()
+	require.NoError(t, err)
+	require.NotContains(t, string(text), "hunter")
+	require.Contains(t, string(text), "dsn: postgres://sluice:<secret>@db.example:5432/orders?sslmode=require&sslpassword=<secret>\n")
+}
+
+func TestAFaultyDSNIsRefusedWithoutRepeatingIt(t *testing.T) {
+	for name, dsn := range map[string]string{
+		"a file":                       "data/hunter2.db",
+		"no URL":                       "host=db user=sluice password=hunter2",
+		"another database":             "mysql://sluice:hunter2@db/orders",
+		"a slash in the password":      "postgres://sluice:hun/ter2@db/orders",
+		"a percent sign in it":         "postgres://sluice:hunter2%@db/orders",
+		"an unknown value":             "postgres://sluice:hunter2@db/orders?sslmode=hunter2",
+		"a port that is not a number":  "postgres://sluice:hunter2@db:hunter2/orders",
+		"nothing":                      "",
+		"a timeout that is not a time": "postgres://sluice:hunter2@db/orders?connect_timeout=soon",
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := config.Load("", nil, map[string]string{"store.driver": "postgres", "store.dsn": dsn})
+			require.ErrorContains(t, err, "store.dsn: ")
+			require.NotContains(t, err.Error(), "ter2")
+			require.NotContains(t, err.Error(), "hun")
+			require.NotContains(t, err.Error(), "\n")
+		})
+	}
+}
+
+func TestTheBrokersDatabaseIsTheStoresUnlessItIsNamed(t *testing.T) {
+	const store, own = "postgres://sluice:hunter2@store/orders", "postgresql://sluice:hunter2@broker/messages"
+	tests := []struct {
+		name  string
+		flags map[string]string
+		want  string
+	}{
+		{"the store's", map[string]string{"pubsub.backend": "sql", "store.dsn": store}, store},
+		{"its own", map[string]string{"pubsub.backend": "sql", "store.dsn": store, "pubsub.sql.dsn": own}, own},
+		{"none for another broker", map[string]string{"store.dsn": store}, ""},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			cfg, err := config.Load("", nil, test.flags)
+			require.NoError(t, err)
+			require.Equal(t, test.want, cfg.PubSub.SQL.DSN)
+			text, err := cfg.YAML()
+			require.NoError(t, err)
+			require.NotContains(t, string(text), "hunter2")
+		})
+	}
+
+	_, err := config.Load("", nil, map[string]string{"pubsub.backend": "sql", "pubsub.sql.prefix": "Sluice-1"})
+	require.EqualError(t, err, "pubsub.sql.dsn: must be an address such as postgres://user:password@host:5432/database; it can stay empty where store.dsn is one\n"+
+		`pubsub.sql.prefix: must be 1 to 40 characters of a-z, 0-9 and _, and begin with no digit, is "Sluice-1" (flag --pubsub-sql-prefix)`)
 }
 
 func TestFlags(t *testing.T) {

@@ -51,6 +51,7 @@ func Load(file string, environ []string, flags map[string]string) (Config, error
 	if err := l.values.UnmarshalWithConf("", &cfg, koanf.UnmarshalConf{Tag: tagName}); err != nil {
 		l.faults = append(l.faults, err)
 	}
+	cfg.derive()
 	l.validate(cfg)
 	if len(l.faults) > 0 {
 		return Config{}, &Error{Faults: l.faults}

@@ -77,7 +77,7 @@ func textNode(text string) *yaml.Node {
 
 var passwords = []*regexp.Regexp{
 	regexp.MustCompile(`(://[^/?#:@]*:)[^/?#]*(@)`),
-	regexp.MustCompile(`(?i)(\b(?:password|passwd|pwd)\s*=\s*)(?:'[^']*'|[^&\s]+)()`),
+	regexp.MustCompile(`(?i)(\b(?:password|passwd|pwd|sslpassword)\s*=\s*)(?:'[^']*'|[^&\s]+)()`),
 }
 
 func hidePasswords(text string) string {

@@ -94,7 +94,7 @@ func callBackend(bare *http.Client, stand *standIn, i int) error {
 func drainRate(b *testing.B, concurrency int, latency time.Duration, n int) float64 {
 	b.Helper()
 	stand := backend(b, "--latency", "1m")
-	g := serve(b, false, b.TempDir(), settings{
+	g := serve(b, false, embedded(b.TempDir()), settings{
 		"backend.url": stand.ordersURL(), "backend.timeout": "2m", "dispatch.concurrency": fmt.Sprint(concurrency), "dispatch.retry_initial": "1ms",
 	})
 	_, err := g.flood(context.Background(), 64, n, func(i int) string { return fmt.Sprintf("A-%d", i) })

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,6 +21,10 @@ import (
 )
 
 func TestFiveKillsUnderLoadLoseNoOrderAndRepeatFewCalls(t *testing.T) {
+	eachHome(t, testFiveKillsUnderLoadLoseNoOrderAndRepeatFewCalls)
+}
+
+func testFiveKillsUnderLoadLoseNoOrderAndRepeatFewCalls(t *testing.T, h home) {
 	const (
 		kills       = 5
 		concurrency = 64
@@ -29,8 +34,14 @@ func TestFiveKillsUnderLoadLoseNoOrderAndRepeatFewCalls(t *testing.T) {
 		// outcome is being stored. What the relay has published beyond them
 		// has not been called.
 		margin = 64
-		bound  = concurrency + margin
+		// A broker that keeps messages has those that were published and not
+		// yet marked as that: two groups, and they are published again.
+		group = 2 * 64
 	)
+	bound := concurrency + margin
+	if h.durable {
+		bound += group
+	}
 	seed := uint64(time.Now().UnixNano())
 	if s := os.Getenv("E2E_SEED"); s != "" { // SLUICE_… would be a setting of the gateway
 		var err error
@@ -40,11 +51,11 @@ func TestFiveKillsUnderLoadLoseNoOrderAndRepeatFewCalls(t *testing.T) {
 	t.Logf("E2E_SEED=%d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
 
-	b, dir := backend(t, "--latency", "50ms"), t.TempDir()
+	b := backend(t, "--latency", "50ms")
 	s := settings{"backend.url": b.ordersURL(), "http.addr": freePort(t), "dispatch.concurrency": strconv.Itoa(concurrency)}
-	g := serve(t, false, dir, s)
+	g := serve(t, false, h, s)
 	// Together up to 2,000 orders a second, where 1,280 can be saved.
-	c := g.submitSteadily(t, 16, 8*time.Millisecond)
+	c := g.submitSteadily(t, "C", 16, 8*time.Millisecond)
 
 	told := 0 // repeats that have been printed
 	for kill := 1; kill <= kills; kill++ {
@@ -58,7 +69,7 @@ func TestFiveKillsUnderLoadLoseNoOrderAndRepeatFewCalls(t *testing.T) {
 		// bounds add up.
 		require.LessOrEqual(t, repeats, (kill-1)*bound)
 		told = repeats
-		g = serve(t, false, dir, s)
+		g = serve(t, false, h, s)
 	}
 	c.await(t, 500)
 	promised := c.stop()
@@ -77,13 +88,17 @@ func TestFiveKillsUnderLoadLoseNoOrderAndRepeatFewCalls(t *testing.T) {
 }
 
 func TestAGracefulStopFinishesTheCallsInFlightAndRepeatsNone(t *testing.T) {
+	eachHome(t, testAGracefulStopFinishesTheCallsInFlightAndRepeatsNone)
+}
+
+func testAGracefulStopFinishesTheCallsInFlightAndRepeatsNone(t *testing.T, h home) {
 	const n, concurrency = 300, 64
 	// With one worker, calls of 300 ms wait in the stand-in until the test has
 	// seen enough and gives it all the workers it likes.
-	b, dir := backend(t, "--latency", "300ms", "--capacity", "1"), t.TempDir()
+	b := backend(t, "--latency", "300ms", "--capacity", "1")
 	s := settings{"backend.url": b.ordersURL(), "dispatch.concurrency": strconv.Itoa(concurrency), "backend.timeout": "50s",
 		"intake.max_wait": "10m", "http.shutdown_timeout": "50s"}
-	g := serve(t, false, dir, s)
+	g := serve(t, false, h, s)
 	ids, err := g.flood(t.Context(), 16, n, func(i int) string { return fmt.Sprintf("S-%d", i) })
 	require.NoError(t, err)
 	eventually(t, 30*time.Second, func() bool { return b.stats(t).InFlight == concurrency }, "not all permits are in use")
@@ -120,7 +135,7 @@ func TestAGracefulStopFinishesTheCallsInFlightAndRepeatsNone(t *testing.T) {
 	require.Equal(t, after.Requests, after.Orders, "no call was cut off")
 
 	b.control(t, `{"latency": "5ms"}`)
-	g = serve(t, false, dir, s)
+	g = serve(t, false, h, s)
 	g.drained(t, time.Minute)
 	requireSaved(t, ids, g.all(t))
 	require.Equal(t, backendStats{Requests: n + 1, Orders: n + 1, MaxInFlight: concurrency}, b.stats(t))
@@ -128,10 +143,14 @@ func TestAGracefulStopFinishesTheCallsInFlightAndRepeatsNone(t *testing.T) {
 }
 
 func TestASecondSignalEndsTheProcessAtOnce(t *testing.T) {
+	eachHome(t, testASecondSignalEndsTheProcessAtOnce)
+}
+
+func testASecondSignalEndsTheProcessAtOnce(t *testing.T, h home) {
 	const concurrency = 8
-	b, dir := backend(t, "--latency", "30s"), t.TempDir()
+	b := backend(t, "--latency", "30s")
 	s := settings{"backend.url": b.ordersURL(), "dispatch.concurrency": strconv.Itoa(concurrency), "backend.timeout": "5m", "http.shutdown_timeout": "5m"}
-	g := serve(t, false, dir, s)
+	g := serve(t, false, h, s)
 	ids := map[string]string{}
 	for i := range 2 * concurrency {
 		number := fmt.Sprintf("S-%d", i)
@@ -148,16 +167,20 @@ func TestASecondSignalEndsTheProcessAtOnce(t *testing.T) {
 
 	b = backend(t, "--latency", "5ms")
 	s["backend.url"] = b.ordersURL()
-	g = serve(t, false, dir, s)
+	g = serve(t, false, h, s)
 	g.drained(t, time.Minute)
 	requireSaved(t, ids, g.all(t))
 }
 
 func TestAStopThatTakesTooLongSaysSoAndLosesNothing(t *testing.T) {
+	eachHome(t, testAStopThatTakesTooLongSaysSoAndLosesNothing)
+}
+
+func testAStopThatTakesTooLongSaysSoAndLosesNothing(t *testing.T, h home) {
 	const n, concurrency = 40, 8
-	b, dir := backend(t, "--latency", "30s"), t.TempDir()
+	b := backend(t, "--latency", "30s")
 	s := settings{"backend.url": b.ordersURL(), "dispatch.concurrency": strconv.Itoa(concurrency), "backend.timeout": "5m", "http.shutdown_timeout": "1s"}
-	g := serve(t, false, dir, s)
+	g := serve(t, false, h, s)
 	ids, err := g.flood(t.Context(), 8, n, func(i int) string { return fmt.Sprintf("S-%d", i) })
 	require.NoError(t, err)
 	eventually(t, 30*time.Second, func() bool { return b.stats(t).InFlight == concurrency }, "no calls")
@@ -179,7 +202,7 @@ func TestAStopThatTakesTooLongSaysSoAndLosesNothing(t *testing.T) {
 	require.Contains(t, said[0], "backend calls in flight")
 
 	b.control(t, `{"latency": "5ms"}`)
-	g = serve(t, false, dir, s)
+	g = serve(t, false, h, s)
 	g.drained(t, time.Minute)
 	requireSaved(t, ids, g.all(t))
 	stats := b.stats(t)
@@ -192,7 +215,7 @@ func TestASlowClientDoesNotTakeTheTimeInWhichCallsEnd(t *testing.T) {
 	const concurrency = 2
 	b, dir := backend(t, "--latency", "300ms"), t.TempDir()
 	s := settings{"backend.url": b.ordersURL(), "dispatch.concurrency": strconv.Itoa(concurrency), "http.shutdown_timeout": "3s"}
-	g := serve(t, false, dir, s)
+	g := serve(t, false, embedded(dir), s)
 	conn, err := net.Dial("tcp", strings.TrimPrefix(g.url, "http://"))
 	require.NoError(t, err)
 	defer func() { require.NoError(t, conn.Close()) }()
@@ -205,7 +228,7 @@ func TestASlowClientDoesNotTakeTheTimeInWhichCallsEnd(t *testing.T) {
 	require.Zero(t, g.terminate(t), "the client was cut off, and that is no failure")
 
 	b.control(t, `{"latency": "5ms"}`)
-	g = serve(t, false, dir, s)
+	g = serve(t, false, embedded(dir), s)
 	g.drained(t, time.Minute)
 	requireSaved(t, ids, g.all(t))
 	require.Zero(t, b.stats(t).Repeats)
@@ -281,23 +304,26 @@ func (p *pending) answer(t testing.TB) answer {
 // gateway.
 type clients struct {
 	accepted atomic.Int64 // orders that got a 202
+	refusals atomic.Int64 // answers other than that
 	quit     chan struct{}
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
 
 	mu       sync.Mutex
 	promised map[string]string // ids by number, from the answers
+	took     []time.Duration   // the 202s since they were last asked for
+	tookNot  []time.Duration   // all other answers
 }
 
 // submitSteadily starts clients that submit one order each at every beat. Who
 // gets no answer, or not a 202, sends the order again at the next beat, with
-// the same number, until it gets one.
-func (g *gateway) submitSteadily(t testing.TB, n int, beat time.Duration) *clients {
+// the same number, until it gets one. The numbers begin with name.
+func (g *gateway) submitSteadily(t testing.TB, name string, n int, beat time.Duration) *clients {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	c := &clients{quit: make(chan struct{}), cancel: cancel, promised: map[string]string{}}
 	for i := range n {
-		c.wg.Go(func() { c.submit(ctx, g.url, fmt.Sprintf("C%d", i), beat) })
+		c.wg.Go(func() { c.submit(ctx, g.url, fmt.Sprintf("%s-%d", name, i), beat) })
 	}
 	t.Cleanup(func() { cancel(); c.wg.Wait() })
 	return c
@@ -308,13 +334,9 @@ func (c *clients) submit(ctx context.Context, url, name string, beat time.Durati
 	defer tick.Stop()
 	for i := 0; ; {
 		number := fmt.Sprintf("%s-%d", name, i)
+		began := time.Now()
 		a, err := try(ctx, http.MethodPost, url+"/orders", body(number), jsonHeader())
-		if err == nil && a.status == http.StatusAccepted {
-			_, id, _ := strings.Cut(a.header.Get("Location"), "/orders/")
-			c.mu.Lock()
-			c.promised[number] = id
-			c.mu.Unlock()
-			c.accepted.Add(1)
+		if err == nil && c.note(number, a, time.Since(began)) {
 			i++
 			select {
 			case <-c.quit: // only between two orders
@@ -330,6 +352,37 @@ func (c *clients) submit(ctx context.Context, url, name string, beat time.Durati
 	}
 }
 
+// note keeps an answer, and reports whether it is a promise.
+func (c *clients) note(number string, a answer, took time.Duration) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if a.status != http.StatusAccepted {
+		c.refusals.Add(1)
+		c.tookNot = append(c.tookNot, took)
+		return false
+	}
+	_, c.promised[number], _ = strings.Cut(a.header.Get("Location"), "/orders/")
+	c.took = append(c.took, took)
+	c.accepted.Add(1)
+	return true
+}
+
+// latencies returns how long the 202s since the last call of it took.
+func (c *clients) latencies() []time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	took := c.took
+	c.took = nil
+	return took
+}
+
+// refused returns how long all other answers took.
+func (c *clients) refused() []time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.tookNot)
+}
+
 // await returns when so many more orders were accepted.
 func (c *clients) await(t testing.TB, more int64) {
 	t.Helper()
@@ -343,5 +396,12 @@ func (c *clients) stop() map[string]string {
 	close(c.quit)
 	c.wg.Wait()
 	c.cancel()
+	return c.promised
+}
+
+// abandon is stop where there is nobody left to answer.
+func (c *clients) abandon() map[string]string {
+	c.cancel()
+	c.wg.Wait()
 	return c.promised
 }

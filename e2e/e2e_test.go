@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
@@ -193,12 +194,12 @@ func (s settings) env() []string {
 	return env
 }
 
-// serve starts a gateway on free ports with its data in dir and waits until it
-// takes orders. Settings win over the defaults of the tests; names that begin
-// with OTEL_ are passed on as they are.
-func serve(t testing.TB, race bool, dir string, more settings) *gateway {
+// serve starts a gateway on free ports and waits until it does its work. More
+// settings win over those of the home and of the tests; names that begin with
+// OTEL_ are passed on as they are.
+func serve(t testing.TB, race bool, h home, more settings) *gateway {
 	t.Helper()
-	p := launchServe(t, race, dir, more)
+	p := launchServe(t, race, h, more)
 	return &gateway{
 		process: p,
 		url:     "http://" + p.field(t, "ready", "addr"),
@@ -206,22 +207,21 @@ func serve(t testing.TB, race bool, dir string, more settings) *gateway {
 	}
 }
 
-// launchServe is serve without waiting.
-func launchServe(t testing.TB, race bool, dir string, more settings) *process {
+// launchServe is serve without waiting, and with more arguments.
+func launchServe(t testing.TB, race bool, h home, more settings, args ...string) *process {
 	t.Helper()
-	all := settings{
-		"http.addr": "127.0.0.1:0", "http.admin_addr": "127.0.0.1:0",
-		"store.dsn": filepath.Join(dir, "sluice.db"), "log.format": "json",
-	}
+	all := settings{"http.addr": "127.0.0.1:0", "http.admin_addr": "127.0.0.1:0", "log.format": "json"}
+	maps.Copy(all, h.settings)
+	maps.Copy(all, more)
 	var env []string
-	for key, value := range more {
-		if strings.HasPrefix(key, "OTEL_") {
-			env = append(env, key+"="+value)
-		} else {
-			all[key] = value
+	maps.DeleteFunc(all, func(key, value string) bool {
+		if !strings.HasPrefix(key, "OTEL_") {
+			return false
 		}
-	}
-	return launch(t, binary(t, race), append(env, all.env()...), "serve")
+		env = append(env, key+"="+value)
+		return true
+	})
+	return launch(t, binary(t, race), append(env, all.env()...), append([]string{"serve"}, args...)...)
 }
 
 // standIn is a running `sluice backend`.

@@ -34,7 +34,7 @@ const patience = 45 * time.Second
 
 func TestABadOrderIsRefusedWithTheReason(t *testing.T) {
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, true, t.TempDir(), fast(b, "intake.max_body", "64KiB"))
+	g := serve(t, true, embedded(t.TempDir()), fast(b, "intake.max_body", "64KiB"))
 	good := body("A-1")
 	large := strings.Replace(good, "{", `{"pad":"`+strings.Repeat("x", 64<<10)+`",`, 1)
 
@@ -117,7 +117,7 @@ func TestABadOrderIsRefusedWithTheReason(t *testing.T) {
 
 func TestUnknownPathsAndMethodsAreProblems(t *testing.T) {
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, true, t.TempDir(), fast(b))
+	g := serve(t, true, embedded(t.TempDir()), fast(b))
 	order := g.accept(t, "A-1")
 
 	for _, path := range []string{"/", "/nothing", "/orders/", "/orders/" + order.ID + "/nothing", "/Orders", "/%00", "/orders%2f" + order.ID,
@@ -163,7 +163,7 @@ func TestUnknownPathsAndMethodsAreProblems(t *testing.T) {
 
 func TestHostileHeadersNeverDoHarm(t *testing.T) {
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, true, t.TempDir(), fast(b))
+	g := serve(t, true, embedded(t.TempDir()), fast(b))
 	number := 0
 	// post is an order of its own with these header lines.
 	post := func(lines ...string) string {
@@ -284,7 +284,7 @@ var hidden = "POST /orders HTTP/1.1\r\nHost: x\r\nContent-Type: application/json
 
 func TestRequestsCannotBeSmuggled(t *testing.T) {
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, true, t.TempDir(), fast(b))
+	g := serve(t, true, embedded(t.TempDir()), fast(b))
 	post := func(header, body string) string {
 		return "POST /orders HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + header + "\r\n\r\n" + body
 	}
@@ -340,7 +340,7 @@ func TestRequestsCannotBeSmuggled(t *testing.T) {
 
 func TestSlowClientsAreCutOffAndDisturbNobody(t *testing.T) {
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, true, t.TempDir(), fast(b, "http.read_header_timeout", "2s", "http.read_timeout", "2s", "http.idle_timeout", "2s"))
+	g := serve(t, true, embedded(t.TempDir()), fast(b, "http.read_header_timeout", "2s", "http.read_timeout", "2s", "http.idle_timeout", "2s"))
 	const head = "POST /orders HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 	const each = 60
 	cut, release := context.WithCancel(t.Context())
@@ -402,7 +402,7 @@ func TestSlowClientsAreCutOffAndDisturbNobody(t *testing.T) {
 
 func TestClientsMayLeaveAtAnyMoment(t *testing.T) {
 	b := backend(t, "--latency", "100ms")
-	g := serve(t, true, t.TempDir(), fast(b))
+	g := serve(t, true, embedded(t.TempDir()), fast(b))
 	g.await(t, g.accept(t, "A-0").ID, "saved")
 	before := g.connections(t)
 	const each = 20
@@ -452,7 +452,7 @@ func TestTenThousandIdleConnections(t *testing.T) {
 	}
 	const n, timeout = 10_000, "8s"
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, false, t.TempDir(), fast(b, "http.read_header_timeout", timeout, "http.idle_timeout", timeout))
+	g := serve(t, false, embedded(t.TempDir()), fast(b, "http.read_header_timeout", timeout, "http.idle_timeout", timeout))
 	first, err := g.flood(t.Context(), 8, 100, func(i int) string { return fmt.Sprintf("before-%d", i) })
 	require.NoError(t, err)
 	files, memory := openFiles(t, g.process), residentMemory(t, g.process)
@@ -552,7 +552,7 @@ func TestClientsThatDoNotReadTheirAnswersAreCutOff(t *testing.T) {
 		_, _ = io.WriteString(w, strings.Repeat("bla ", 256<<10))
 	}))
 	defer talkative.Close()
-	g := serve(t, true, t.TempDir(), settings{"backend.url": talkative.URL, "dispatch.max_response": "1MiB", "http.write_timeout": "2s"})
+	g := serve(t, true, embedded(t.TempDir()), settings{"backend.url": talkative.URL, "dispatch.max_response": "1MiB", "http.write_timeout": "2s"})
 	o := g.await(t, g.accept(t, "A-0").ID, "saved")
 	before := g.connections(t)
 	// Far more than what fits between the two ends.
@@ -614,7 +614,7 @@ func TestBeyondTheConnectionLimitClientsWaitTheirTurn(t *testing.T) {
 	}
 	const limit, n = 20, 60
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, true, t.TempDir(), fast(b, "http.max_connections", "20", "http.read_header_timeout", "1s", "http.idle_timeout", "1s"))
+	g := serve(t, true, embedded(t.TempDir()), fast(b, "http.max_connections", "20", "http.read_header_timeout", "1s", "http.idle_timeout", "1s"))
 	g.await(t, g.accept(t, "A-0").ID, "saved")
 	files, most := openFiles(t, g.process), 0
 	for range n {
@@ -656,7 +656,7 @@ func TestManyLargeBodiesAtOnceTakeBoundedMemory(t *testing.T) {
 	const n = 300
 	t.Setenv("GOGC", "100") // what the process needs counts, not how late it collects its garbage
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, false, t.TempDir(), fast(b, "http.read_timeout", "1m"))
+	g := serve(t, false, embedded(t.TempDir()), fast(b, "http.read_timeout", "1m"))
 	memory := residentMemory(t, g.process)
 
 	// Everybody sends a part and waits, until somebody is told that there is no
@@ -730,7 +730,7 @@ func TestOrdersThatAreCostlyToCheckTakeBoundedMemory(t *testing.T) {
 	}
 	t.Setenv("GOGC", "100") // as above
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, false, t.TempDir(), fast(b))
+	g := serve(t, false, embedded(t.TempDir()), fast(b))
 	// Each of the items has three faults.
 	costly := strings.Replace(body("A-1"), "[{", "["+strings.Repeat("{},", 40_000)+"{", 1)
 	var wg sync.WaitGroup
@@ -764,7 +764,7 @@ func TestOrdersThatAreCostlyToCheckTakeBoundedMemory(t *testing.T) {
 
 func TestAClientThatWaitsIsNotCutOffByTheReadTimeout(t *testing.T) {
 	b := backend(t, "--latency", "4s")
-	g := serve(t, true, t.TempDir(), fast(b, "http.read_header_timeout", "1s", "http.read_timeout", "1s", "http.idle_timeout", "1s"))
+	g := serve(t, true, embedded(t.TempDir()), fast(b, "http.read_header_timeout", "1s", "http.read_timeout", "1s", "http.idle_timeout", "1s"))
 	known := g.accept(t, "A-0")
 	post := func(path, number, more string) string {
 		return "POST " + path + " HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + more + fmt.Sprintf("Content-Length: %d\r\n\r\n%s", len(body(number)), body(number))
@@ -806,7 +806,7 @@ func TestWithAFullDiskNothingAcceptedIsLost(t *testing.T) {
 	b, dir := backend(t, "--latency", "200ms"), t.TempDir()
 	file := filepath.Join(dir, "sluice.db")
 	s := fast(b, "dispatch.concurrency", "16", "store.dsn", file+"?_pragma=max_page_count(250)", "http.shutdown_timeout", "2s")
-	g := serve(t, true, dir, s)
+	g := serve(t, true, embedded(dir), s)
 
 	accepted := map[string]string{}
 	var full answer
@@ -856,7 +856,7 @@ func TestWithAFullDiskNothingAcceptedIsLost(t *testing.T) {
 	g.terminate(t) // whose outcomes could not be stored is unfinished business, so the code may be 1
 
 	s["store.dsn"] = file
-	g = serve(t, true, dir, s)
+	g = serve(t, true, embedded(dir), s)
 	g.drained(t, patience)
 	g.requireAllSaved(t, accepted)
 	require.Equal(t, len(accepted), b.stats(t).Orders, "what was refused was never sent")

@@ -26,12 +26,16 @@ import (
 // here, so that the numbers mean something.
 
 func TestTwentyThousandOrdersAreSavedOnceAndNeverMoreThanTheLimitAtATime(t *testing.T) {
+	eachHome(t, testTwentyThousandOrdersAreSavedOnceAndNeverMoreThanTheLimitAtATime)
+}
+
+func testTwentyThousandOrdersAreSavedOnceAndNeverMoreThanTheLimitAtATime(t *testing.T, h home) {
 	const (
 		n, connections, concurrency = 20_000, 64, 64
 		latency                     = 50 * time.Millisecond
 	)
 	b := backend(t, "--latency", latency.String())
-	g := serve(t, false, t.TempDir(), settings{"backend.url": b.ordersURL(), "dispatch.concurrency": strconv.Itoa(concurrency)})
+	g := serve(t, false, h, settings{"backend.url": b.ordersURL(), "dispatch.concurrency": strconv.Itoa(concurrency)})
 	began := time.Now()
 	ids, err := g.flood(t.Context(), connections, n, func(i int) string { return fmt.Sprintf("L-%d", i) })
 	require.NoError(t, err)
@@ -73,7 +77,9 @@ func pace(finished []time.Time, ideal float64) string {
 	return fmt.Sprintf("%d in %v: %.0f/s, %.3f of the ideal %.0f/s", len(finished), took.Round(time.Millisecond), rate, rate/ideal, ideal)
 }
 
-func TestABacklogTakesDiskAndNotMemory(t *testing.T) {
+func TestABacklogTakesDiskAndNotMemory(t *testing.T) { eachHome(t, testABacklogTakesDiskAndNotMemory) }
+
+func testABacklogTakesDiskAndNotMemory(t *testing.T, h home) {
 	if runtime.GOOS != "linux" {
 		t.Skip("resident memory is read from /proc, which only Linux has")
 	}
@@ -83,7 +89,7 @@ func TestABacklogTakesDiskAndNotMemory(t *testing.T) {
 	// The worst way to be down: calls are taken and never answered. Then, too,
 	// the broker inside the process holds as many orders as it may.
 	b := backend(t, "--latency", "10m")
-	g := serve(t, false, t.TempDir(), settings{"backend.url": b.ordersURL(), "backend.timeout": "10m",
+	g := serve(t, false, h, settings{"backend.url": b.ordersURL(), "backend.timeout": "10m",
 		"dispatch.concurrency": strconv.Itoa(concurrency), "dispatch.max_attempts": "1000"})
 	began := time.Now()
 	g.pour(t, connections, 0, few)

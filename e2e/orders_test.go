@@ -22,8 +22,12 @@ func fast(b *standIn, more ...string) settings {
 }
 
 func TestAnOrderIsAcceptedSavedAndStillThereAfterARestart(t *testing.T) {
-	b, dir := backend(t, "--latency", "20ms"), t.TempDir()
-	g := serve(t, true, dir, fast(b))
+	eachHome(t, testAnOrderIsAcceptedSavedAndStillThereAfterARestart)
+}
+
+func testAnOrderIsAcceptedSavedAndStillThereAfterARestart(t *testing.T, h home) {
+	b := backend(t, "--latency", "20ms")
+	g := serve(t, true, h, fast(b))
 	a := g.post(t, body("A-1001"))
 	require.Equal(t, http.StatusAccepted, a.status, string(a.body))
 	require.NotEmpty(t, a.header.Get("Retry-After"))
@@ -53,15 +57,17 @@ func TestAnOrderIsAcceptedSavedAndStillThereAfterARestart(t *testing.T) {
 	require.JSONEq(t, body("A-1001"), string(kept.Body))
 
 	require.Zero(t, g.terminate(t))
-	g = serve(t, true, dir, fast(b))
+	g = serve(t, true, h, fast(b))
 	require.Equal(t, saved, g.get(t, o.ID))
 	require.Zero(t, g.terminate(t))
 	require.Equal(t, backendStats{Requests: 1, Orders: 1, MaxInFlight: 1}, b.stats(t))
 }
 
-func TestAFailingBackendIsTriedAgain(t *testing.T) {
+func TestAFailingBackendIsTriedAgain(t *testing.T) { eachHome(t, testAFailingBackendIsTriedAgain) }
+
+func testAFailingBackendIsTriedAgain(t *testing.T, h home) {
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, true, t.TempDir(), fast(b))
+	g := serve(t, true, h, fast(b))
 	b.control(t, `{"failNext": 2}`)
 	o := g.await(t, g.accept(t, "A-1").ID, "saved", "dead")
 	require.Equal(t, "saved", o.Status)
@@ -90,6 +96,10 @@ func TestAFailingBackendIsTriedAgain(t *testing.T) {
 }
 
 func TestABackendThatGivesNoAnswerIsTriedAgain(t *testing.T) {
+	eachHome(t, testABackendThatGivesNoAnswerIsTriedAgain)
+}
+
+func testABackendThatGivesNoAnswerIsTriedAgain(t *testing.T, h home) {
 	eager := func(url string) settings {
 		return settings{"backend.url": url, "backend.timeout": "200ms", "dispatch.retry_initial": "10ms", "dispatch.retry_max": "50ms", "dispatch.max_attempts": "1000"}
 	}
@@ -98,7 +108,7 @@ func TestABackendThatGivesNoAnswerIsTriedAgain(t *testing.T) {
 	}
 	t.Run("connection refused", func(t *testing.T) {
 		addr := freePort(t)
-		g := serve(t, true, t.TempDir(), eager("http://"+addr+"/orders"))
+		g := serve(t, true, h, eager("http://"+addr+"/orders"))
 		o := g.accept(t, "A-1")
 		tried(g, o.ID)
 		backendAt(t, addr, "--latency", "1ms")
@@ -111,7 +121,7 @@ func TestABackendThatGivesNoAnswerIsTriedAgain(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := backend(t, "--latency", "1ms")
 			b.control(t, trouble[0])
-			g := serve(t, true, t.TempDir(), eager(b.ordersURL()))
+			g := serve(t, true, h, eager(b.ordersURL()))
 			o := g.accept(t, "A-1")
 			tried(g, o.ID)
 			b.control(t, trouble[1])
@@ -120,9 +130,11 @@ func TestABackendThatGivesNoAnswerIsTriedAgain(t *testing.T) {
 	}
 }
 
-func TestRetryAfterIsObeyed(t *testing.T) {
+func TestRetryAfterIsObeyed(t *testing.T) { eachHome(t, testRetryAfterIsObeyed) }
+
+func testRetryAfterIsObeyed(t *testing.T, h home) {
 	b := backend(t, "--latency", "1ms", "--retry-after", "2s")
-	g := serve(t, true, t.TempDir(), fast(b))
+	g := serve(t, true, h, fast(b))
 	b.control(t, `{"failNext": 1}`)
 	o := g.await(t, g.accept(t, "A-1").ID, "saved")
 	require.Equal(t, 2, o.Attempts)
@@ -130,8 +142,12 @@ func TestRetryAfterIsObeyed(t *testing.T) {
 }
 
 func TestARejectedOrderKeepsTheBackendsProblemAndFreesItsNumber(t *testing.T) {
+	eachHome(t, testARejectedOrderKeepsTheBackendsProblemAndFreesItsNumber)
+}
+
+func testARejectedOrderKeepsTheBackendsProblemAndFreesItsNumber(t *testing.T, h home) {
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, true, t.TempDir(), fast(b))
+	g := serve(t, true, h, fast(b))
 	first := g.await(t, g.accept(t, "A-1-REJECT").ID, "rejected")
 	require.Equal(t, 1, first.Attempts)
 	require.Equal(t, 400, first.Backend.Status)
@@ -149,8 +165,12 @@ func TestARejectedOrderKeepsTheBackendsProblemAndFreesItsNumber(t *testing.T) {
 }
 
 func TestAfterTheLastAttemptAnOrderIsDeadAndCanBeReplayed(t *testing.T) {
+	eachHome(t, testAfterTheLastAttemptAnOrderIsDeadAndCanBeReplayed)
+}
+
+func testAfterTheLastAttemptAnOrderIsDeadAndCanBeReplayed(t *testing.T, h home) {
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, true, t.TempDir(), fast(b, "dispatch.max_attempts", "3"))
+	g := serve(t, true, h, fast(b, "dispatch.max_attempts", "3"))
 	b.control(t, `{"failRate": 1}`)
 	o := g.accept(t, "A-1")
 	replay := g.admin + "/admin/orders/" + o.ID + "/replay"
@@ -175,9 +195,11 @@ func TestAfterTheLastAttemptAnOrderIsDeadAndCanBeReplayed(t *testing.T) {
 
 const missingID = "01930000-0000-7000-8000-000000000000"
 
-func TestEqualConcurrentOrdersAreOne(t *testing.T) {
+func TestEqualConcurrentOrdersAreOne(t *testing.T) { eachHome(t, testEqualConcurrentOrdersAreOne) }
+
+func testEqualConcurrentOrdersAreOne(t *testing.T, h home) {
 	b := backend(t, "--latency", "20ms")
-	g := serve(t, true, t.TempDir(), fast(b))
+	g := serve(t, true, h, fast(b))
 	const n = 200
 	answers := make([]answer, n)
 	var wg sync.WaitGroup
@@ -211,9 +233,11 @@ func TestEqualConcurrentOrdersAreOne(t *testing.T) {
 	require.True(t, ids[p.Order], p.Order)
 }
 
-func TestIdempotencyKeys(t *testing.T) {
+func TestIdempotencyKeys(t *testing.T) { eachHome(t, testIdempotencyKeys) }
+
+func testIdempotencyKeys(t *testing.T, h home) {
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, true, t.TempDir(), fast(b))
+	g := serve(t, true, h, fast(b))
 	o := g.accept(t, "A-1", "Idempotency-Key", `"k-1"`)
 	for _, key := range []string{`"k-1"`, `k-1`} {
 		a := g.post(t, body("A-1"), "Idempotency-Key", key)
@@ -226,9 +250,11 @@ func TestIdempotencyKeys(t *testing.T) {
 	g.post(t, strings.Replace(body("A-1"), "tea", "coffee", 1), "Idempotency-Key", `"k-2"`).problem(t, http.StatusConflict, "duplicate-order-number")
 }
 
-func TestPreferWait(t *testing.T) {
+func TestPreferWait(t *testing.T) { eachHome(t, testPreferWait) }
+
+func testPreferWait(t *testing.T, h home) {
 	b := backend(t, "--latency", "100ms")
-	g := serve(t, true, t.TempDir(), fast(b, "intake.max_wait", "2s"))
+	g := serve(t, true, h, fast(b, "intake.max_wait", "2s"))
 	a := g.post(t, body("A-1"), "Prefer", "wait=10")
 	require.Equal(t, http.StatusOK, a.status, string(a.body))
 	require.Equal(t, "wait=2", a.header.Get("Preference-Applied"), "capped by intake.max_wait")
@@ -255,7 +281,7 @@ func TestPreferWait(t *testing.T) {
 
 func TestETagOfAnOrder(t *testing.T) {
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, true, t.TempDir(), fast(b))
+	g := serve(t, true, embedded(t.TempDir()), fast(b))
 	o := g.await(t, g.accept(t, "A-1").ID, "saved")
 	url := g.url + "/orders/" + o.ID
 	tag := do(t, http.MethodGet, url, "", nil).header.Get("ETag")
@@ -269,9 +295,11 @@ func TestETagOfAnOrder(t *testing.T) {
 	require.Equal(t, http.StatusOK, do(t, http.MethodGet, url, "", map[string]string{"If-None-Match": `"x"`}).status)
 }
 
-func TestOrdersAreListedInPages(t *testing.T) {
+func TestOrdersAreListedInPages(t *testing.T) { eachHome(t, testOrdersAreListedInPages) }
+
+func testOrdersAreListedInPages(t *testing.T, h home) {
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, true, t.TempDir(), fast(b))
+	g := serve(t, true, h, fast(b))
 	var want []string
 	for i := range 7 {
 		want = append([]string{g.accept(t, fmt.Sprintf("A-%d", i)).ID}, want...)
@@ -298,9 +326,11 @@ func TestOrdersAreListedInPages(t *testing.T) {
 	}
 }
 
-func TestSynchronousOrders(t *testing.T) {
-	b, dir := backend(t, "--latency", "1ms"), t.TempDir()
-	g := serve(t, true, dir, fast(b, "backend.timeout", "500ms", "intake.sync_limit", "1"))
+func TestSynchronousOrders(t *testing.T) { eachHome(t, testSynchronousOrders) }
+
+func testSynchronousOrders(t *testing.T, h home) {
+	b := backend(t, "--latency", "1ms")
+	g := serve(t, true, h, fast(b, "backend.timeout", "500ms", "intake.sync_limit", "1"))
 	sync := func(number string) answer {
 		return do(t, http.MethodPost, g.url+"/orders/sync", body(number), jsonHeader())
 	}
@@ -340,7 +370,7 @@ func TestSynchronousOrders(t *testing.T) {
 	go func() { _, _ = try(t.Context(), http.MethodPost, g.url+"/orders/sync", body("A-7"), jsonHeader()) }()
 	eventually(t, 10*time.Second, func() bool { return b.stats(t).Requests > calls }, "no call")
 	g.kill()
-	g = serve(t, true, dir, fast(b))
+	g = serve(t, true, h, fast(b))
 	var list struct{ Orders []order }
 	getJSON(t, g.url+"/orders?orderNumber=A-7", &list)
 	require.Len(t, list.Orders, 1)
@@ -348,8 +378,12 @@ func TestSynchronousOrders(t *testing.T) {
 }
 
 func TestASecondClientsPromiseOutlivesAFailedSynchronousCall(t *testing.T) {
+	eachHome(t, testASecondClientsPromiseOutlivesAFailedSynchronousCall)
+}
+
+func testASecondClientsPromiseOutlivesAFailedSynchronousCall(t *testing.T, h home) {
 	b := backend(t, "--latency", "300ms")
-	g := serve(t, true, t.TempDir(), fast(b))
+	g := serve(t, true, h, fast(b))
 	b.control(t, `{"failNext": 1}`)
 	done := make(chan answer)
 	go func() {
@@ -365,9 +399,11 @@ func TestASecondClientsPromiseOutlivesAFailedSynchronousCall(t *testing.T) {
 	require.Equal(t, 2, g.await(t, a.order(t).ID, "saved").Attempts)
 }
 
-func TestBacklogLimit(t *testing.T) {
+func TestBacklogLimit(t *testing.T) { eachHome(t, testBacklogLimit) }
+
+func testBacklogLimit(t *testing.T, h home) {
 	b := backend(t, "--latency", "10s")
-	g := serve(t, true, t.TempDir(), fast(b, "intake.max_backlog", "2"))
+	g := serve(t, true, h, fast(b, "intake.max_backlog", "2"))
 	g.accept(t, "A-1")
 	g.accept(t, "A-2")
 	a := g.post(t, body("A-3"))

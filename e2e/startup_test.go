@@ -67,7 +67,7 @@ func TestAGatewayThatCannotStartSaysWhyInOneLine(t *testing.T) {
 
 	t.Run("a database that another process has", func(t *testing.T) {
 		b, dir := backend(t, "--latency", "1ms"), t.TempDir()
-		g := serve(t, true, dir, fast(b))
+		g := serve(t, true, embedded(dir), fast(b))
 		file := filepath.Join(dir, "sluice.db")
 		line := failsToStart(t, settings{"store.dsn": file})
 		require.Contains(t, line, file)
@@ -77,7 +77,7 @@ func TestAGatewayThatCannotStartSaysWhyInOneLine(t *testing.T) {
 
 		// What a killed process leaves behind keeps nobody out.
 		g.kill()
-		g = serve(t, true, dir, fast(b))
+		g = serve(t, true, embedded(dir), fast(b))
 		require.Len(t, g.numbered(t, "A-1"), 1)
 		require.Zero(t, g.terminate(t))
 	})
@@ -103,7 +103,7 @@ func TestAGatewayThatCannotStartSaysWhyInOneLine(t *testing.T) {
 
 func TestADamagedDatabaseIsNotStartedWith(t *testing.T) {
 	b, dir := backend(t, "--latency", "1ms"), t.TempDir()
-	g := serve(t, true, dir, fast(b))
+	g := serve(t, true, embedded(dir), fast(b))
 	for i := range 20 {
 		g.await(t, g.accept(t, fmt.Sprintf("A-%d", i)).ID, "saved")
 	}
@@ -219,13 +219,13 @@ func TestInterruptStopsGracefully(t *testing.T) {
 	}
 	b := backend(t, "--latency", "200ms")
 	dir := t.TempDir()
-	g := serve(t, true, dir, fast(b))
+	g := serve(t, true, embedded(dir), fast(b))
 	o := g.accept(t, "A-1")
 	eventually(t, patience, func() bool { return b.stats(t).InFlight == 1 }, "no call")
 	require.NoError(t, g.cmd.Process.Signal(os.Interrupt))
 	require.Zero(t, g.exit(t))
 	require.Contains(t, g.log(), `"msg":"stopped"`)
-	g = serve(t, true, dir, fast(b))
+	g = serve(t, true, embedded(dir), fast(b))
 	require.Equal(t, "saved", g.get(t, o.ID).Status)
 	require.Equal(t, 1, b.stats(t).Requests)
 	require.NoError(t, b.cmd.Process.Signal(os.Interrupt))
@@ -234,7 +234,7 @@ func TestInterruptStopsGracefully(t *testing.T) {
 
 func TestOperatorsSeeHowItGoes(t *testing.T) {
 	b := backend(t, "--latency", "30s")
-	g := serve(t, true, t.TempDir(), fast(b, "dispatch.concurrency", "2", "backend.timeout", "1m", "http.shutdown_timeout", "1s"))
+	g := serve(t, true, embedded(t.TempDir()), fast(b, "dispatch.concurrency", "2", "backend.timeout", "1m", "http.shutdown_timeout", "1s"))
 	for i := range 5 {
 		g.accept(t, fmt.Sprintf("A-%d", i))
 	}

@@ -3,7 +3,9 @@
 //
 // Where a service is not reachable, the test is skipped and says which one is
 // missing; where CI is set in the environment it fails, because a skip there
-// would pass for a success. It starts nothing: `make services` does.
+// would pass for a success. The shared services are started by `make services`;
+// what a test wants to stop, block or kill, it has to itself: OwnRabbitMQ starts
+// a broker, and a Proxy stands in the way of a shared one.
 package services
 
 import (

@@ -218,9 +218,14 @@ type Marker struct {
 	// all the time of an attempt since. If it is silent when this one comes
 	// back, it was lost. The zero time says nothing.
 	LostBefore time.Time `json:"lostBefore,omitzero"`
+	// Last names a marker that did not go the way of the orders: a process that
+	// stops published it on TopicOutcome itself, behind the last outcomes, and
+	// waits for it to know that it has taken all of them.
+	Last string `json:"last,omitempty"`
 }
 
-// Message encodes the marker for TopicSubmitted.
+// Message encodes the marker for TopicSubmitted or, if it is a last one, for
+// TopicOutcome.
 func (m Marker) Message() (*message.Message, error) {
 	payload, err := json.Marshal(m)
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -23,35 +24,38 @@ import (
 	"go.opentelemetry.io/otel/propagation"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 
+	"sluice/e2e/services"
 	"sluice/modules/contract"
 	"sluice/platform/httpserver"
 	"sluice/platform/pubsub"
 )
 
 // BenchmarkAccept measures 202s per second over HTTP from connections of another
-// process: of the server that stores, and of the same server that reads, checks
-// and answers an order and then forgets it. The rounds of the two alternate,
-// since the machine changes its pace. Each connection waits for its answer, and
+// process: of the server that stores (SQLite, and PostgreSQL where there is
+// one), and of the same server that reads, checks and answers an order and then
+// forgets it. The rounds alternate, since the machine changes its pace. Each connection waits for its answer, and
 // a durable one comes after a flush of the disk, so few connections measure the
 // disk's latency and many the server.
 //
 //	go test -run '^$' -bench Accept -benchtime 1x ./modules/intake
 func BenchmarkAccept(b *testing.B) {
 	const orders, rounds = 40_000, 3
-	for _, connections := range []int{64, 256, 1024} {
-		b.Run(fmt.Sprintf("connections=%d", connections), func(b *testing.B) {
-			for b.Loop() {
-				stored, forgotten := 0.0, 0.0
-				for range rounds {
-					stored = max(stored, acceptRate(b, DriverSQLite, connections, orders))
-					forgotten = max(forgotten, acceptRate(b, "", connections, orders))
+	for _, driver := range []string{DriverSQLite, DriverPostgres} {
+		for _, connections := range []int{64, 256, 1024} {
+			b.Run(fmt.Sprintf("store=%s/connections=%d", driver, connections), func(b *testing.B) {
+				for b.Loop() {
+					stored, forgotten := 0.0, 0.0
+					for range rounds {
+						stored = max(stored, acceptRate(b, driver, connections, orders))
+						forgotten = max(forgotten, acceptRate(b, "", connections, orders))
+					}
+					b.ReportMetric(stored, "durable-202/s")
+					b.ReportMetric(forgotten, "no-storage-202/s")
+					b.ReportMetric(stored/forgotten, "ratio")
+					b.ReportMetric(0, "ns/op") // the time of all rounds together says nothing
 				}
-				b.ReportMetric(stored, "durable-202/s")
-				b.ReportMetric(forgotten, "no-storage-202/s")
-				b.ReportMetric(stored/forgotten, "ratio")
-				b.ReportMetric(0, "ns/op") // the time of all rounds together says nothing
-			}
-		})
+			})
+		}
 	}
 }
 
@@ -69,8 +73,11 @@ func acceptRate(b *testing.B, driver string, connections, orders int) float64 {
 
 	storeCfg := DefaultStoreConfig()
 	storeCfg.Driver, storeCfg.DSN = driver, filepath.Join(b.TempDir(), "orders.db")
-	if driver == "" {
+	switch driver {
+	case "":
 		storeCfg.Driver = DriverMemory
+	case DriverPostgres:
+		storeCfg.DSN = services.Postgres(b)
 	}
 	m, err := Open(b.Context(), DefaultConfig(), storeCfg, DefaultRetryConfig(), benchDeps(bus, logger))
 	require.NoError(b, err)
@@ -109,6 +116,62 @@ func acceptRate(b *testing.B, driver string, connections, orders int) float64 {
 	require.NoError(b, err, string(out))
 	return float64(orders) / seconds
 }
+
+// BenchmarkWrite measures what a store can write, without HTTP: insertions by
+// many callers, through the group commit. flushers is the number of groups
+// written at the same time.
+//
+//	go test -run '^$' -bench Write -benchtime 50000x ./modules/intake
+func BenchmarkWrite(b *testing.B) {
+	for _, callers := range []int{64, 1024} {
+		for _, flushers := range []int{1, 2, 4, 8} {
+			b.Run(fmt.Sprintf("store=postgres/callers=%d/flushers=%d", callers, flushers), func(b *testing.B) {
+				s := openPostgres(b, services.Postgres(b))
+				defer func() { require.NoError(b, s.close()) }()
+				benchWrite(b, flushing{s, flushers}, callers)
+			})
+		}
+		b.Run(fmt.Sprintf("store=sqlite/callers=%d", callers), func(b *testing.B) {
+			s, err := openSQLiteStore(b.Context(), filepath.Join(b.TempDir(), "orders.db"), slog.New(slog.DiscardHandler))
+			require.NoError(b, err)
+			defer func() { require.NoError(b, s.close()) }()
+			benchWrite(b, s, callers)
+		})
+	}
+}
+
+// flushing is a store with another number of flushers.
+type flushing struct {
+	store
+	n int
+}
+
+func (f flushing) flushers() int { return f.n }
+
+func benchWrite(b *testing.B, s store, callers int) {
+	b.Helper()
+	w := newWriter(s, func([]*change) {})
+	defer w.close()
+	var next atomic.Int64
+	var calls sync.WaitGroup
+	b.ResetTimer()
+	for range callers {
+		calls.Go(func() {
+			for i := next.Add(1); i <= int64(b.N); i = next.Add(1) {
+				o := testOrder(strconv.FormatInt(i, 10))
+				o.Body = benchBody
+				if err := w.do(b.Context(), &change{insert: o}); err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+	}
+	calls.Wait()
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "orders/s")
+}
+
+var benchBody = []byte(strings.Repeat("x", 250))
 
 func benchDeps(bus *pubsub.PubSub, logger *slog.Logger) Deps {
 	return Deps{

@@ -7,12 +7,15 @@ import (
 	"time"
 
 	"github.com/alecthomas/units"
+
+	"sluice/platform/database"
 )
 
 // Names of the store drivers.
 const (
-	DriverMemory = "memory"
-	DriverSQLite = "sqlite"
+	DriverMemory   = "memory"
+	DriverSQLite   = "sqlite"
+	DriverPostgres = "postgres"
 )
 
 // Config says which orders are taken in, and how. Its keys are intake.*.
@@ -74,9 +77,10 @@ func (c Config) Validate() error {
 
 // StoreConfig says where orders are kept. Its keys are store.*.
 type StoreConfig struct {
-	// Driver is DriverMemory or DriverSQLite.
+	// Driver is DriverMemory, DriverSQLite or DriverPostgres.
 	Driver string `koanf:"driver"`
-	// DSN is the database file for sqlite; memory ignores it.
+	// DSN is the database file for sqlite and a postgres:// URL for postgres;
+	// memory ignores it. It may hold a password.
 	DSN string `koanf:"dsn"`
 	// Retention is how long finished orders are kept. At least a second.
 	Retention time.Duration `koanf:"retention"`
@@ -96,13 +100,21 @@ func (c StoreConfig) Validate() error {
 		if strings.TrimSpace(c.DSN) == "" {
 			faults = append(faults, errors.New("store.dsn: must name a file when store.driver is sqlite"))
 		}
+	case DriverPostgres:
+		if err := database.CheckPostgresDSN(c.DSN); err != nil {
+			faults = append(faults, fmt.Errorf("store.dsn: %w", err))
+		}
 	default:
-		faults = append(faults, fmt.Errorf("store.driver: unknown driver %q, want memory or sqlite", c.Driver))
+		faults = append(faults, errUnknownDriver(c.Driver))
 	}
 	if c.Retention < time.Second {
 		faults = append(faults, fmt.Errorf("store.retention: must be at least 1s, is %v", c.Retention))
 	}
 	return errors.Join(faults...)
+}
+
+func errUnknownDriver(name string) error {
+	return fmt.Errorf("store.driver: unknown driver %q, want %s, %s or %s", name, DriverMemory, DriverSQLite, DriverPostgres)
 }
 
 // RetryConfig is the schedule of attempts. Its keys are dispatch.*, because

@@ -87,7 +87,9 @@ type Module struct {
 }
 
 // Open opens the store, brings it up to date, and makes every order due that
-// an earlier process left unfinished. It starts nothing: see Run.
+// an earlier process left unfinished, where no other process can be busy with
+// it. A database server that is not up yet is waited for until ctx ends. It
+// publishes nothing: see Run.
 func Open(ctx context.Context, cfg Config, storeCfg StoreConfig, retry RetryConfig, deps Deps) (*Module, error) {
 	s, err := openStore(ctx, storeCfg, deps.Logger)
 	if err != nil {
@@ -120,8 +122,8 @@ func newModule(ctx context.Context, cfg Config, storeCfg StoreConfig, retry Retr
 		return nil, fmt.Errorf("register metrics: %w", err)
 	}
 	m.writer = newWriter(s, m.committed)
-	m.relay = newRelay(s, m.writer, deps)
-	m.sweeper = newSweeper(s, m.relay, deps)
+	m.relay = newRelay(s, m.writer, m.stats, deps)
+	m.sweeper = newSweeper(s, m.relay, m.stats, deps)
 	n, err := s.recover(ctx, now())
 	if err != nil {
 		return nil, errors.Join(err, m.stats.close())
@@ -216,6 +218,13 @@ func (m *Module) Stats(ctx context.Context) (Stats, error) {
 		SavedRate:     m.stats.savedRate.perSecond(t),
 	}, nil
 }
+
+// AwaitOutcomes returns when the outcomes that this process has published have
+// been handed out to intake, which may be in another process; then it gives up
+// after a while, and they are taken over there, or here after the next start.
+// Call it when no backend call is in flight any more, and before the
+// subscription of outcomes is drained.
+func (m *Module) AwaitOutcomes(ctx context.Context) error { return m.sweeper.await(ctx) }
 
 // Close waits for the last writes and closes the store. Call it when Run has
 // returned, the router is closed and no request is under way.

@@ -46,6 +46,9 @@ func newMemoryStore() *memoryStore {
 	}
 }
 
+// flushers is one: there is one lock.
+func (s *memoryStore) flushers() int { return 1 }
+
 func (s *memoryStore) write(_ context.Context, changes []*change) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -20,6 +20,10 @@ const (
 	// memory.
 	relayBatch = 512
 	relayBytes = 8 << 20
+	// relayGroup is how many orders are handed to a broker that keeps messages
+	// before they are marked. While they are, the next ones are on their way:
+	// no more than two groups are published again after a crash.
+	relayGroup = 64
 	// windowBytes bounds the bodies that a window holds. The window's size is
 	// counted in orders, and orders can be large.
 	windowBytes = 64 << 20
@@ -50,11 +54,13 @@ type relay struct {
 	publisher  message.Publisher
 	propagator propagation.TextMapPropagator
 	logger     *slog.Logger
+	stats      *stats
 	window     int    // most orders published and unfinished; 0 = no limit
 	name       string // of the broker, and the place in it
 
 	wake      chan struct{}
 	published []mark    // and not marked yet
+	marking   *marking  // under way, or nil
 	looked    time.Time // when the last turn looked for what is due
 
 	mu       sync.Mutex
@@ -68,13 +74,14 @@ type flight struct {
 	size    int
 }
 
-func newRelay(s store, w *writer, deps Deps) *relay {
+func newRelay(s store, w *writer, st *stats, deps Deps) *relay {
 	return &relay{
 		store:      s,
 		writer:     w,
 		publisher:  deps.Bus.Publisher,
 		propagator: deps.Propagator,
 		logger:     deps.Logger,
+		stats:      st,
 		window:     deps.Bus.Window,
 		name:       deps.Bus.Carrier,
 		wake:       make(chan struct{}, 1),
@@ -173,23 +180,71 @@ func (r *relay) turn(ctx context.Context) (int, error) {
 	if err != nil || len(orders) == 0 {
 		return 0, err
 	}
-	if err := r.publish(ctx, orders); err != nil {
-		return 0, errors.Join(err, r.mark(ctx))
+	group := relayGroup
+	if r.window > 0 {
+		group = relayBatch // nothing is marked
 	}
-	return len(orders), r.mark(ctx)
+	rest := orders
+	for len(rest) > 0 && err == nil && ctx.Err() == nil {
+		n := min(group, len(rest))
+		err = errors.Join(r.publish(ctx, rest[:n]), r.startMarking(ctx))
+		rest = rest[n:]
+	}
+	if err = errors.Join(err, r.giveBack(ctx, marksOf(rest)), r.mark(ctx)); err != nil {
+		return 0, err
+	}
+	return len(orders), nil
 }
 
-// mark notes in the store what was published. It does so even if ctx has ended:
-// a graceful stop repeats nothing.
-func (r *relay) mark(ctx context.Context) error {
-	if len(r.published) == 0 {
+// marking is a write of marks that the relay does not wait for yet.
+type marking struct {
+	marks []mark
+	done  chan error
+}
+
+// startMarking notes in the store what was published, once it knows what became
+// of the last such write. It goes on even if ctx has ended: a graceful stop
+// repeats nothing.
+func (r *relay) startMarking(ctx context.Context) error {
+	if err := r.endMarking(); err != nil || len(r.published) == 0 {
+		return err
+	}
+	w := &marking{marks: r.published, done: make(chan error, 1)}
+	r.marking, r.published = w, nil
+	at := now()
+	go func() { w.done <- r.writer.do(context.WithoutCancel(ctx), &change{marks: w.marks, publishedAt: at}) }()
+	return nil
+}
+
+// endMarking waits for the write that is under way. What it could not mark is
+// to be marked still.
+func (r *relay) endMarking() error {
+	w := r.marking
+	if w == nil {
 		return nil
 	}
-	if err := r.writer.do(context.WithoutCancel(ctx), &change{marks: r.published, publishedAt: now()}); err != nil {
-		return fmt.Errorf("mark %d orders as published: %w", len(r.published), err)
+	r.marking = nil
+	if err := <-w.done; err != nil {
+		r.published = append(w.marks, r.published...)
+		return fmt.Errorf("mark %d orders as published: %w", len(w.marks), err)
 	}
-	r.published = nil
 	return nil
+}
+
+// mark returns when all that was published is marked.
+func (r *relay) mark(ctx context.Context) error {
+	if err := r.startMarking(ctx); err != nil {
+		return err
+	}
+	return r.endMarking()
+}
+
+func marksOf(orders []*order) []mark {
+	marks := make([]mark, 0, len(orders))
+	for _, o := range orders {
+		marks = append(marks, mark{o.ID, o.Attempts, o.Status == contract.StatusDead})
+	}
+	return marks
 }
 
 // publish hands orders, and the news of those that are dead, to the broker. What
@@ -212,18 +267,20 @@ func (r *relay) publish(ctx context.Context, orders []*order) error {
 // publishTo hands orders to the broker all together. When it fails, the broker
 // may have some of them, and they will come to it again.
 func (r *relay) publishTo(ctx context.Context, topic string, orders []*order, encode func(*order) (*message.Message, error)) error {
-	msgs := make([]*message.Message, 0, len(orders))
-	marks := make([]mark, 0, len(orders))
+	if len(orders) == 0 {
+		return nil
+	}
+	msgs, marks := make([]*message.Message, 0, len(orders)), marksOf(orders)
 	for _, o := range orders {
 		msg, err := encode(o)
 		if err != nil {
 			return err
 		}
 		// The trace goes on where the client's request left it, maybe in
-		// another life of this process.
-		msg.SetContext(r.propagator.Extract(ctx, propagation.MapCarrier{"traceparent": o.TraceParent, "tracestate": o.TraceState}))
+		// another life of this process. A stop lets the broker finish: to
+		// break off would leave it unknown what it has.
+		msg.SetContext(r.propagator.Extract(context.WithoutCancel(ctx), propagation.MapCarrier{"traceparent": o.TraceParent, "tracestate": o.TraceState}))
 		msgs = append(msgs, msg)
-		marks = append(marks, mark{o.ID, o.Attempts, o.Status == contract.StatusDead})
 	}
 	inWindow := r.window > 0 && topic == contract.TopicSubmitted
 	if inWindow {
@@ -234,6 +291,9 @@ func (r *relay) publishTo(ctx context.Context, topic string, orders []*order, en
 			r.finished(o.ID, o.Attempts+1)
 		}
 		return errors.Join(fmt.Errorf("publish %d messages to %s: %w", len(msgs), topic, err), r.giveBack(ctx, marks))
+	}
+	if topic == contract.TopicSubmitted {
+		r.stats.published(len(msgs))
 	}
 	if !inWindow {
 		r.published = append(r.published, marks...)

@@ -227,7 +227,7 @@ func TestRelayWithAWindowPublishesOnceWhileAnAttemptIsUnderWay(t *testing.T) {
 }
 
 func TestRelayBoundsTheBytesOfItsWindow(t *testing.T) {
-	r := newRelay(newMemoryStore(), nil, Deps{Bus: Bus{Window: 100}})
+	r := newRelay(newMemoryStore(), nil, nil, Deps{Bus: Bus{Window: 100}})
 	big := &order{ID: uuid.New(), Size: windowBytes}
 	r.take([]*order{big})
 	r.take([]*order{big}) // published again: it counts once

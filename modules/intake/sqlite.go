@@ -84,6 +84,9 @@ func openSQLiteStore(ctx context.Context, path string, logger *slog.Logger) (*sq
 	return s, nil
 }
 
+// flushers is one: SQLite has one writer at a time.
+func (s *sqliteStore) flushers() int { return 1 }
+
 func (s *sqliteStore) prepare(ctx context.Context) error {
 	for _, p := range []struct {
 		stmt **sql.Stmt
@@ -774,12 +777,9 @@ func scanOrder(row scanner, more ...any) (*order, error) {
 	if publish.Valid {
 		o.PublishAt = time.UnixMicro(publish.Int64).UTC()
 	}
-	if len(history) > 0 {
-		if err := json.Unmarshal(history, &o.History); err != nil {
-			return nil, fmt.Errorf("read history of order %s: %w", o.ID, err)
-		}
-	}
-	return &o, nil
+	var err error
+	o.History, err = decodeHistory(o.ID, history)
+	return &o, err
 }
 
 func encodeHistory(history []attempt) ([]byte, error) {
@@ -787,6 +787,16 @@ func encodeHistory(history []attempt) ([]byte, error) {
 		return nil, nil
 	}
 	return json.Marshal(history)
+}
+
+func decodeHistory(id uuid.UUID, text []byte) (history []attempt, err error) {
+	if len(text) == 0 {
+		return nil, nil
+	}
+	if err := json.Unmarshal(text, &history); err != nil {
+		return nil, fmt.Errorf("read history of order %s: %w", id, err)
+	}
+	return history, nil
 }
 
 // released is part of the unique index over numbers: equal (empty) for those

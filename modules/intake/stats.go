@@ -30,9 +30,11 @@ type stats struct {
 	// retryAfter is what clients are told, in seconds.
 	retryAfter atomic.Int64
 
-	acceptedTotal metric.Int64Counter
-	finishedTotal metric.Int64Counter
-	gauges        metric.Registration
+	acceptedTotal  metric.Int64Counter
+	publishedTotal metric.Int64Counter
+	lostTotal      metric.Int64Counter
+	finishedTotal  metric.Int64Counter
+	gauges         metric.Registration
 }
 
 // newStats registers the module's instruments; the store is asked for the
@@ -42,6 +44,12 @@ func newStats(meter metric.Meter, s store) (*stats, error) {
 	st.retryAfter.Store(1)
 	var err error
 	if st.acceptedTotal, err = meter.Int64Counter("sluice.orders.accepted", metric.WithDescription("Orders committed to storage, those of POST /orders/sync included."), metric.WithUnit("{order}")); err != nil {
+		return nil, err
+	}
+	if st.publishedTotal, err = meter.Int64Counter("sluice.orders.published", metric.WithDescription("Messages that ask for an attempt at an order, taken by the broker."), metric.WithUnit("{message}")); err != nil {
+		return nil, err
+	}
+	if st.lostTotal, err = meter.Int64Counter("sluice.orders.lost", metric.WithDescription("Orders whose messages the broker lost, found and made due again."), metric.WithUnit("{order}")); err != nil {
 		return nil, err
 	}
 	if st.finishedTotal, err = meter.Int64Counter("sluice.orders.finished", metric.WithDescription("Orders that became final, by status."), metric.WithUnit("{order}")); err != nil {
@@ -82,6 +90,14 @@ func (st *stats) close() error { return st.gauges.Unregister() }
 func (st *stats) accepted(n int64) {
 	st.acceptedRate.add(time.Now(), n)
 	st.acceptedTotal.Add(context.Background(), n) // a counter has no use for a request's context
+}
+
+func (st *stats) published(n int) {
+	st.publishedTotal.Add(context.Background(), int64(n)) // as above
+}
+
+func (st *stats) lost(n int) {
+	st.lostTotal.Add(context.Background(), int64(n)) // as above
 }
 
 func (st *stats) finished(status contract.Status) {

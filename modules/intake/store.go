@@ -20,6 +20,8 @@ type store interface {
 	// write applies the changes in one transaction: insertions first, then
 	// marks, then updates, each kind in the order given.
 	write(ctx context.Context, changes []*change) error
+	// flushers is how many calls of write at the same time suit the store.
+	flushers() int
 
 	// get returns the order without its body, or errNotFound.
 	get(ctx context.Context, id uuid.UUID) (*order, error)
@@ -123,7 +125,9 @@ func openStore(ctx context.Context, cfg StoreConfig, logger *slog.Logger) (store
 		return newMemoryStore(), nil
 	case DriverSQLite:
 		return openSQLiteStore(ctx, cfg.DSN, logger)
+	case DriverPostgres:
+		return openPostgresStore(ctx, cfg.DSN, logger)
 	default:
-		return nil, fmt.Errorf("store.driver: unknown driver %q, want memory or sqlite", cfg.Driver)
+		return nil, errUnknownDriver(cfg.Driver)
 	}
 }

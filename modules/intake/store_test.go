@@ -42,6 +42,7 @@ func storesUnderTest() []storeUnderTest {
 				return openAt(t, paths[s])
 			},
 		},
+		postgresUnderTest(),
 	}
 }
 

@@ -2,11 +2,13 @@ package intake
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"sync"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/google/uuid"
 
 	"sluice/modules/contract"
 )
@@ -20,6 +22,8 @@ const (
 	markerPauseMax = 160 * time.Second
 	// markerSlow is how long a publish takes at a broker that is well.
 	markerSlow = time.Second
+	// lastPatience is how long a stop waits for the last outcomes.
+	lastPatience = 2 * time.Second
 	// clockSkew is how far the clocks of processes that share a store may be
 	// apart without an order being taken for lost that is not.
 	clockSkew = 2 * time.Second
@@ -38,6 +42,7 @@ type sweeper struct {
 	relay     *relay
 	publisher message.Publisher
 	logger    *slog.Logger
+	stats     *stats
 	patience  time.Duration // between the return of a marker and the sending of the next
 	forgetful bool          // the broker keeps nothing, and the relay knows what it has
 
@@ -45,17 +50,21 @@ type sweeper struct {
 	returned time.Time // when the marker came back that sentAt is of
 	sentAt   time.Time
 	pause    time.Duration // before the next marker
+	last     string        // names the last marker of this process
+	lastBack chan struct{} // closed when that is back
 }
 
 // newSweeper gives orders the time that an attempt can take several times over:
 // ahead of an attempt others can wait for permits in the same process, and a
 // broker takes its time to see that a process is dead.
-func newSweeper(s store, r *relay, deps Deps) *sweeper {
+func newSweeper(s store, r *relay, st *stats, deps Deps) *sweeper {
 	return &sweeper{
-		store: s, relay: r, publisher: deps.Bus.Publisher, logger: deps.Logger,
+		store: s, relay: r, publisher: deps.Bus.Publisher, logger: deps.Logger, stats: st,
 		patience:  4*deps.AttemptTimeout + 20*time.Second,
 		forgetful: deps.Bus.Window > 0,
 		pause:     markerPauseMin,
+		last:      uuid.NewString(),
+		lastBack:  make(chan struct{}),
 	}
 }
 
@@ -120,12 +129,22 @@ func (s *sweeper) send(ctx context.Context) error {
 // passed takes over a marker that has come back, sent by this process or by
 // another one.
 func (s *sweeper) passed(ctx context.Context, m contract.Marker) error {
+	if m.Last != "" {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if m.Last == s.last {
+			close(s.lastBack)
+			s.last = uuid.NewString() // it may be delivered again
+		}
+		return nil
+	}
 	if !m.LostBefore.IsZero() {
 		n, err := republish(ctx, s.store, m.LostBefore)
 		if err != nil {
 			return err
 		}
 		if n > 0 {
+			s.stats.lost(n)
 			s.logger.Warn("orders were lost on their way through the broker and are handed to it again; was a queue purged or deleted?", "orders", n)
 			s.relay.nudge()
 		}
@@ -137,6 +156,32 @@ func (s *sweeper) passed(ctx context.Context, m contract.Marker) error {
 	// its patience the next.
 	if s.returned.IsZero() || !m.LostBefore.IsZero() {
 		s.returned, s.sentAt = now(), m.SentAt
+	}
+	return nil
+}
+
+// await returns when all outcomes have been handed out that were published
+// before, or a while later: another process may have taken the marker.
+func (s *sweeper) await(ctx context.Context) error {
+	if s.forgetful {
+		return nil // then an outcome is published when it is stored
+	}
+	ctx, cancel := context.WithTimeout(ctx, lastPatience)
+	defer cancel()
+	s.mu.Lock()
+	marker := contract.Marker{SentAt: now(), Last: s.last}
+	s.mu.Unlock()
+	msg, err := marker.Message()
+	if err != nil {
+		return err
+	}
+	msg.SetContext(ctx)
+	if err := s.publisher.Publish(contract.TopicOutcome, msg); err != nil {
+		return fmt.Errorf("publish the last marker: %w", err)
+	}
+	select {
+	case <-s.lastBack:
+	case <-ctx.Done():
 	}
 	return nil
 }

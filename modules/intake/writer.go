@@ -18,9 +18,10 @@ type writer struct {
 }
 
 // newWriter returns a writer that calls committed after each transaction,
-// before the callers of do go on.
+// before the callers of do go on. It does so on as many goroutines as the store
+// has flushers.
 func newWriter(s store, committed func([]*change)) *writer {
-	return &writer{group: database.NewGroup(groupSize, 1, func(ctx context.Context, changes []*change) error {
+	return &writer{group: database.NewGroup(groupSize, s.flushers(), func(ctx context.Context, changes []*change) error {
 		if err := s.write(ctx, changes); err != nil {
 			return err
 		}

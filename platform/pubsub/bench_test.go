@@ -3,7 +3,10 @@ package pubsub_test
 import (
 	"log/slog"
 	"strconv"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
@@ -59,6 +62,71 @@ func BenchmarkConfirmed(b *testing.B) {
 	})
 	b.StopTimer()
 	require.NoError(b, p.Close())
+}
+
+// BenchmarkAMQPPublish is the rate of confirmed messages, by the number of
+// publishers that wait at the same time.
+func BenchmarkAMQPPublish(b *testing.B) {
+	for _, publishers := range []int{1, 16, 64} {
+		b.Run(strconv.Itoa(publishers), func(b *testing.B) {
+			p, err := pubsub.Open(b.Context(), amqpConfig(b), pubsub.Topology{"topic": {"g"}}, slog.New(slog.DiscardHandler))
+			require.NoError(b, err)
+			var next atomic.Int64
+			var all sync.WaitGroup
+			b.ResetTimer()
+			for range publishers {
+				all.Go(func() {
+					for next.Add(1) <= int64(b.N) {
+						if err := p.Publisher().Publish("topic", benchmarkMessage()); err != nil {
+							b.Error(err)
+							return
+						}
+					}
+				})
+			}
+			all.Wait()
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "msgs/s")
+			require.NoError(b, p.Close())
+		})
+	}
+}
+
+// BenchmarkAMQPDrain drains a backlog with handlers of 50 ms, and prints the
+// share of the ideal rate, concurrency by latency, that it reaches.
+func BenchmarkAMQPDrain(b *testing.B) {
+	const latency = 50 * time.Millisecond
+	for _, concurrency := range []int{64, 256, 500} {
+		b.Run(strconv.Itoa(concurrency), func(b *testing.B) {
+			p, err := pubsub.Open(b.Context(), amqpConfig(b), pubsub.Topology{"topic": {"g"}}, slog.New(slog.DiscardHandler))
+			require.NoError(b, err)
+			const rounds = 40
+			messages := rounds * concurrency
+			for range b.N {
+				publishBenchmark(b, p, messages)
+				sub := p.Subscriber("g", concurrency)
+				out, err := sub.Subscribe(b.Context(), "topic")
+				require.NoError(b, err)
+				first := <-out // the subscriptions are on their way
+				began := time.Now()
+				first.Ack()
+				var all sync.WaitGroup
+				for range messages - 1 {
+					msg := <-out
+					all.Add(1)
+					time.AfterFunc(latency, func() {
+						msg.Ack()
+						all.Done()
+					})
+				}
+				all.Wait()
+				rate := float64(messages) / time.Since(began).Seconds()
+				b.ReportMetric(rate, "msgs/s")
+				b.ReportMetric(100*rate*latency.Seconds()/float64(concurrency), "%ideal")
+				require.NoError(b, sub.Close())
+			}
+			require.NoError(b, p.Close())
+		})
+	}
 }
 
 // benchmark keeps at most window messages published and unfinished.

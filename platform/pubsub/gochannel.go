@@ -227,6 +227,10 @@ func (s *goSource) nack(d delivery) {
 	d.msg.Nack()
 }
 
+// release is a nack: the subscription has ended or is drained, and the message
+// is lost or goes to nobody.
+func (s *goSource) release(d delivery) { s.nack(d) }
+
 // drain fails the publishers that wait for messages which will not be taken.
 // Those whose message is with the consumer go on waiting.
 func (s *goSource) drain() {

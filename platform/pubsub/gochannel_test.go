@@ -24,7 +24,7 @@ func TestConfig(t *testing.T) {
 	t.Run("an unknown backend is refused with the choices", func(t *testing.T) {
 		cfg := pubsub.DefaultConfig()
 		cfg.Backend = "carrier-pigeon"
-		const want = `pubsub.backend: must be one of gochannel, is "carrier-pigeon"`
+		const want = `pubsub.backend: must be one of amqp, gochannel, sql, is "carrier-pigeon"`
 		require.EqualError(t, cfg.Validate(), want)
 		_, err := pubsub.Open(t.Context(), cfg, nil, slog.New(slog.DiscardHandler))
 		require.EqualError(t, err, want)

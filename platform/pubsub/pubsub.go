@@ -35,23 +35,31 @@ var ErrNoSubscriber = errors.New("no subscriber takes the messages of this topic
 
 // Config says which broker to use.
 type Config struct {
-	// Backend names the broker: "gochannel". Default: "gochannel".
+	// Backend names the broker: "amqp", "gochannel" or "sql". Default: "gochannel".
 	Backend string `koanf:"backend"`
+	// AMQP holds the settings of the backend "amqp".
+	AMQP AMQPConfig `koanf:"amqp"`
 	// GoChannel holds the settings of the backend "gochannel".
 	GoChannel GoChannelConfig `koanf:"gochannel"`
+	// SQL holds the settings of the backend "sql".
+	SQL SQLConfig `koanf:"sql"`
 }
 
 // DefaultConfig needs no broker to be installed.
 func DefaultConfig() Config {
-	return Config{Backend: BackendGoChannel, GoChannel: defaultGoChannelConfig()}
+	return Config{Backend: BackendGoChannel, AMQP: defaultAMQPConfig(), GoChannel: defaultGoChannelConfig(), SQL: defaultSQLConfig()}
 }
 
 // Validate returns every fault at once, each starting with its key, or nil.
 // Settings of a backend that is not in use are not looked at.
 func (c Config) Validate() error {
 	switch c.Backend {
+	case BackendAMQP:
+		return c.AMQP.validate()
 	case BackendGoChannel:
 		return c.GoChannel.validate()
+	case BackendSQL:
+		return c.SQL.validate()
 	default:
 		return errUnknownBackend(c.Backend)
 	}
@@ -108,21 +116,48 @@ func Open(ctx context.Context, cfg Config, topology Topology, logger *slog.Logge
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("open pubsub %s: %w", cfg.Backend, err)
 	}
-	_ = topology // a broker that keeps nothing has nothing to prepare
 	p := &PubSub{name: cfg.Backend, place: cfg.Backend, closing: make(chan struct{})}
 	switch cfg.Backend {
-	case BackendGoChannel:
+	case BackendAMQP:
+		broker, err := openAMQP(ctx, cfg.AMQP, topology, p.closing, logger)
+		if err != nil {
+			return nil, fmt.Errorf("open pubsub %s: %w", cfg.Backend, err)
+		}
+		p.durable = true
+		p.backend = broker
+		p.place = broker.place()
+	case BackendGoChannel: // keeps nothing, so it has nothing to prepare
 		p.window = cfg.GoChannel.Window
 		p.backend = openGoChannel(p.closing, logger)
+	case BackendSQL:
+		broker, err := openSQL(ctx, cfg.SQL, topology, p.closing, logger)
+		if err != nil {
+			return nil, fmt.Errorf("open pubsub %s: %w", cfg.Backend, err)
+		}
+		p.durable = true
+		p.backend = broker
+		p.place = broker.place()
 	default:
 		return nil, errUnknownBackend(cfg.Backend)
 	}
 	return p, nil
 }
 
-// Name is the backend's name in the configuration; it also serves as the
-// messaging system of traces.
+// Name is the backend's name in the configuration.
 func (p *PubSub) Name() string { return p.name }
+
+// System names the broker in traces: the attribute messaging.system of
+// OpenTelemetry's semantic conventions.
+func (p *PubSub) System() string {
+	switch p.name {
+	case BackendAMQP:
+		return "rabbitmq"
+	case BackendSQL:
+		return "postgresql"
+	default:
+		return p.name
+	}
+}
 
 // Place names the broker and where in it the messages are, without the host: a
 // broker that moves to another one, or is called by another name, takes its
@@ -231,7 +266,7 @@ func (p publisher) Publish(topic string, msgs ...*message.Message) error {
 func (p publisher) Close() error { return nil }
 
 func errUnknownBackend(name string) error {
-	backends := []string{BackendGoChannel}
+	backends := []string{BackendAMQP, BackendGoChannel, BackendSQL}
 	slices.Sort(backends)
 	return fmt.Errorf("pubsub.backend: must be one of %s, is %q", strings.Join(backends, ", "), name)
 }

@@ -72,6 +72,9 @@ type source interface {
 	// subscription is still there to take it.
 	ack(d delivery)
 	nack(d delivery)
+	// release gives back a delivery that never reached the consumer, which is
+	// not to count as one.
+	release(d delivery)
 	// drain says that no further message will be taken, close that the
 	// subscription is over. Deliveries may still be settled after either.
 	drain()
@@ -83,6 +86,8 @@ type delivery struct {
 	msg    *message.Message // the library's
 	id     string           // the source's own
 	number int              // 1 for the first delivery of the message
+
+	settled <-chan struct{} // the source's own
 }
 
 // Subscribe implements message.Subscriber. The returned channel is closed when
@@ -257,7 +262,7 @@ func (s *Subscriber) handOut(ctx context.Context, sub *subscription, msg *messag
 
 	// A select with several open cases picks any of them: ask first.
 	if isClosed(s.draining) || isClosed(ctx.Done()) {
-		sub.source.nack(d)
+		sub.source.release(d)
 		return false
 	}
 	// Counted before it is offered: a consumer that looks sees itself, and a
@@ -271,7 +276,7 @@ func (s *Subscriber) handOut(ctx context.Context, sub *subscription, msg *messag
 	case <-s.draining:
 	case <-ctx.Done():
 	}
-	sub.source.nack(d)
+	sub.source.release(d)
 	s.count(-1)
 	return false
 }
