@@ -18,28 +18,77 @@ import (
 // many orders per second as there are permits divided by the backend's time
 // for one, and against what a bare HTTP client with as many workers gets out of
 // the same stand-in in the same run: no machine keeps to 50 ms exactly, and
-// gateway and stand-in share this one.
+// gateway, broker, database and stand-in share this one. A backend that takes no
+// time has no ideal.
 //
 //	go test -run '^$' -bench Drain -benchtime 1x ./e2e
 func BenchmarkDrain(b *testing.B) {
 	for _, c := range []struct {
 		concurrency int
 		latency     time.Duration
-	}{{64, 50 * time.Millisecond}, {256, 50 * time.Millisecond}, {500, 400 * time.Millisecond}} {
+	}{
+		{64, 50 * time.Millisecond}, {256, 200 * time.Millisecond}, {500, 400 * time.Millisecond}, // about as many orders a second
+		{256, 50 * time.Millisecond}, {64, 0}, // as many as the machine can do
+	} {
 		b.Run(fmt.Sprintf("concurrency=%d/latency=%v", c.concurrency, c.latency), func(b *testing.B) {
-			for b.Loop() {
-				ideal := float64(c.concurrency) / c.latency.Seconds()
-				bare := bareRate(b, c.concurrency, c.latency, int(4*ideal))
-				got := drainRate(b, c.concurrency, c.latency, int(8*ideal))
-				b.ReportMetric(got, "saved/s")
-				b.ReportMetric(ideal, "ideal/s")
-				b.ReportMetric(bare, "bare-client/s")
-				b.ReportMetric(got/ideal, "of-ideal")
-				b.ReportMetric(got/bare, "of-bare")
-				b.ReportMetric(0, "ns/op") // includes the set-up
+			ideal, orders := 0.0, 30_000
+			if c.latency > 0 {
+				ideal = float64(c.concurrency) / c.latency.Seconds()
+				orders = int(8 * ideal)
+			}
+			bare := bareRate(b, c.concurrency, c.latency, orders/2)
+			for _, kind := range homes() {
+				b.Run(kind.name, func(b *testing.B) {
+					for b.Loop() {
+						got := drainRate(b, kind.open(b), c.concurrency, c.latency, orders)
+						b.ReportMetric(got, "saved/s")
+						b.ReportMetric(bare, "bare-client/s")
+						b.ReportMetric(got/bare, "of-bare")
+						if ideal > 0 {
+							b.ReportMetric(ideal, "ideal/s")
+							b.ReportMetric(got/ideal, "of-ideal")
+						}
+						b.ReportMetric(0, "ns/op") // includes the set-up
+					}
+				})
 			}
 		})
 	}
+}
+
+// BenchmarkIdle measures the time from a client's 202 to the backend call, with
+// nothing else going on.
+//
+//	go test -run '^$' -bench Idle -benchtime 1x ./e2e
+func BenchmarkIdle(b *testing.B) {
+	for _, kind := range homes() {
+		b.Run(kind.name, func(b *testing.B) {
+			for b.Loop() {
+				took := idleLatencies(b, kind.open(b), 200)
+				b.ReportMetric(float64(percentile(took, 0.5).Microseconds())/1000, "median-ms")
+				b.ReportMetric(float64(percentile(took, 0.99).Microseconds())/1000, "p99-ms")
+				b.ReportMetric(0, "ns/op")
+			}
+		})
+	}
+}
+
+func idleLatencies(b *testing.B, h home, n int) []time.Duration {
+	b.Helper()
+	stand := backend(b, "--latency", "1ms")
+	g := serve(b, false, h, settings{"backend.url": stand.ordersURL()})
+	took := make([]time.Duration, 0, n)
+	for i := range n {
+		o := g.accept(b, fmt.Sprintf("I-%d", i))
+		answered := time.Now()
+		g.awaitQuietly(b, o.ID)
+		var history struct {
+			Attempts []struct{ StartedAt time.Time }
+		}
+		getJSON(b, g.url+"/orders/"+o.ID+"/attempts", &history)
+		took = append(took, history.Attempts[0].StartedAt.Sub(answered))
+	}
+	return took
 }
 
 // bareRate is drainRate of workers that do nothing but call the backend.
@@ -91,10 +140,10 @@ func callBackend(bare *http.Client, stand *standIn, i int) error {
 
 // drainRate lets a backlog of n orders build up while the backend is stuck, and
 // returns the rate of the saves between a tenth and nine tenths of it.
-func drainRate(b *testing.B, concurrency int, latency time.Duration, n int) float64 {
+func drainRate(b *testing.B, h home, concurrency int, latency time.Duration, n int) float64 {
 	b.Helper()
 	stand := backend(b, "--latency", "1m")
-	g := serve(b, false, embedded(b.TempDir()), settings{
+	g := serve(b, false, h, settings{
 		"backend.url": stand.ordersURL(), "backend.timeout": "2m", "dispatch.concurrency": fmt.Sprint(concurrency), "dispatch.retry_initial": "1ms",
 	})
 	_, err := g.flood(context.Background(), 64, n, func(i int) string { return fmt.Sprintf("A-%d", i) })

@@ -272,7 +272,7 @@ func (db *Postgres) Read(ctx context.Context, do func(context.Context, *pgx.Conn
 }
 
 // Write calls do with a connection for writing. It waits for a free connection,
-// and for do, until ctx ends, but no longer than 30 seconds (Read: 10).
+// and for do, until ctx ends, but no longer than 10 seconds (Read: 5).
 //
 // Where do failed because of a deadlock or because its connection was lost, it
 // is called again, at most ten times in all. It must therefore not matter if
