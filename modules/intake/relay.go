@@ -185,7 +185,9 @@ func (r *relay) turn(ctx context.Context) (int, error) {
 		group = relayBatch // nothing is marked
 	}
 	rest := orders
-	for len(rest) > 0 && err == nil && ctx.Err() == nil {
+	// A slow broker must not let the claims run out: what there is no time for
+	// is claimed again.
+	for len(rest) > 0 && err == nil && ctx.Err() == nil && now().Sub(r.looked) < relayLease/4 {
 		n := min(group, len(rest))
 		err = errors.Join(r.publish(ctx, rest[:n]), r.startMarking(ctx))
 		rest = rest[n:]

@@ -2,12 +2,14 @@ package intake
 
 import (
 	"context"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/google/uuid"
 	"github.com/stretchr/testify/require"
 
 	"sluice/modules/contract"
@@ -16,11 +18,12 @@ import (
 // queue is a broker that keeps messages, in order, until the test takes or loses
 // them.
 type queue struct {
-	mu       sync.Mutex
-	waiting  []*message.Message
-	accepted map[string]int // publications by message id
-	markers  int
-	slow     time.Duration // what a publish takes
+	mu        sync.Mutex
+	waiting   []*message.Message
+	accepted  map[string]int // publications by message id
+	markers   int
+	slow      time.Duration          // what a publish takes
+	published func(*message.Message) // if set, is called with each order
 }
 
 func (q *queue) Publish(_ string, msgs ...*message.Message) error {
@@ -35,6 +38,9 @@ func (q *queue) Publish(_ string, msgs ...*message.Message) error {
 			q.markers++
 		} else {
 			q.accepted[msg.UUID]++
+			if q.published != nil {
+				q.published(msg)
+			}
 		}
 	}
 	q.waiting = append(q.waiting, msgs...)
@@ -184,6 +190,56 @@ func TestNobodyIsTakenForLostWhileTheBrokerBlocksPublishing(t *testing.T) {
 		answer(t, m, held)
 		require.Zero(t, waitingOrders(m))
 		require.Zero(t, q.repeated())
+	})
+}
+
+// claims records until when orders are claimed, and when they are given back.
+type claims struct {
+	store
+	mu    sync.Mutex
+	until map[uuid.UUID]time.Time
+}
+
+func (c *claims) claim(ctx context.Context, now, until time.Time, limit, size int, skip func(uuid.UUID) bool) ([]*order, error) {
+	orders, err := c.store.claim(ctx, now, until, limit, size, skip)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, o := range orders {
+		c.until[o.ID] = until
+	}
+	return orders, err
+}
+
+func (c *claims) renew(_ context.Context, claimed []mark, until time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, m := range claimed {
+		c.until[m.id] = until
+	}
+	return nil
+}
+
+func TestNoOrderIsPublishedAfterItsClaimHasRunOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		q := &queue{accepted: map[string]int{}}
+		c := &claims{store: newMemoryStore(), until: map[uuid.UUID]time.Time{}}
+		late := 0
+		q.published = func(msg *message.Message) {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			if id, _, _ := strings.Cut(msg.UUID, "."); !now().Before(c.until[uuid.MustParse(id)]) {
+				late++
+			}
+		}
+		q.slows(9 * time.Second)
+		m := runModule(t, c, Bus{Publisher: q, Carrier: "test", System: "test"})
+		submitNow(t, m, 1000)
+		pass(10 * time.Minute)
+		require.Len(t, q.accepted, 1000)
+		require.Zero(t, q.repeated())
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		require.Zero(t, late, "other processes may have published them by then")
 	})
 }
 
