@@ -41,10 +41,10 @@ services: ## Find or start the RabbitMQ and the PostgreSQL of the tests
 test: ## Run all tests with the race detector, and first start the services that they need
 	@# Without them, tests are skipped and say so; in CI that would pass for a success.
 	docker/services.sh || test -z "$$CI"
-	go test $(RACE) -timeout 6m $$(go list ./... | grep -v '/e2e')
+	go test $(RACE) -timeout 15m $$(go list ./... | grep -v '/e2e')
 	@# The end-to-end tests start real processes: they get the machine to themselves, and are never
 	@# cached, since the cache does not see what the binary that they build is made of.
-	go test $(RACE) -count=1 -timeout 10m -p 1 ./e2e/...
+	go test $(RACE) -count=1 -timeout 45m -p 1 -parallel 6 ./e2e/...
 
 .PHONY: lint
 lint: $(LINT) ## Run the linters

@@ -74,6 +74,54 @@ func BenchmarkSQLDrain(b *testing.B) {
 	}
 }
 
+// BenchmarkSQLMillion sends a million messages through a queue, ten thousand at
+// a time, and tells how large its table and index are then, with what was empty
+// and vacuumed, and what the last rounds took against the first.
+//
+//	go test -run '^$' -bench SQLMillion -benchtime 1x ./platform/pubsub
+func BenchmarkSQLMillion(b *testing.B) {
+	const messages, round = 1_000_000, 10_000
+	for b.Loop() {
+		cfg := sqlConfig(b)
+		p := openSQLBenchmark(b, cfg)
+		sub := p.Subscriber("g", 500)
+		out, err := sub.Subscribe(b.Context(), "topic")
+		require.NoError(b, err)
+		table := sqlTable(b, cfg, "topic", "g")
+		size := func() (heap, index float64) {
+			onSQL(b, cfg, `VACUUM `+table)
+			return float64(askSQL(b, cfg, `SELECT pg_table_size($1::regclass)`, table)) / 1024,
+				float64(askSQL(b, cfg, `SELECT pg_indexes_size($1::regclass)`, table)) / 1024
+		}
+		heap, index := size()
+		b.ReportMetric(heap, "empty-table-KiB")
+		b.ReportMetric(index, "empty-index-KiB")
+		var took []time.Duration
+		for range messages / round {
+			publishBenchmark(b, p, round)
+			began := time.Now()
+			for range round {
+				(<-out).Ack()
+			}
+			took = append(took, time.Since(began))
+		}
+		require.Eventually(b, func() bool { return askSQL(b, cfg, `SELECT count(*) FROM `+table) == 0 }, patience, 10*time.Millisecond)
+		heap, index = size()
+		b.ReportMetric(heap, "table-KiB")
+		b.ReportMetric(index, "index-KiB")
+		tenth := len(took) / 10
+		b.ReportMetric(float64(sum(took[len(took)-tenth:]))/float64(sum(took[:tenth])), "last/first-tenth")
+		b.ReportMetric(0, "ns/op")
+	}
+}
+
+func sum(all []time.Duration) (total time.Duration) {
+	for _, d := range all {
+		total += d
+	}
+	return total
+}
+
 // BenchmarkSQLRoundTrip is the time from a publish to the hand-out, with nothing
 // else going on: within a process, and to another one.
 func BenchmarkSQLRoundTrip(b *testing.B) {

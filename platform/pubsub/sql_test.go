@@ -42,7 +42,7 @@ func sqlConfig(tb testing.TB) pubsub.Config {
 }
 
 // onSQL runs a statement past the broker.
-func onSQL(t *testing.T, cfg pubsub.Config, statement string, args ...any) {
+func onSQL(t testing.TB, cfg pubsub.Config, statement string, args ...any) {
 	t.Helper()
 	db := sqlDB(t, cfg)
 	_, err := db.ExecContext(t.Context(), statement, args...)
@@ -51,7 +51,7 @@ func onSQL(t *testing.T, cfg pubsub.Config, statement string, args ...any) {
 }
 
 // askSQL returns the one number that a query gives.
-func askSQL(t *testing.T, cfg pubsub.Config, query string, args ...any) int {
+func askSQL(t testing.TB, cfg pubsub.Config, query string, args ...any) int {
 	t.Helper()
 	db := sqlDB(t, cfg)
 	var n int
@@ -61,7 +61,7 @@ func askSQL(t *testing.T, cfg pubsub.Config, query string, args ...any) int {
 }
 
 // sqlDB opens a database that the caller closes, or else the end of the test.
-func sqlDB(t *testing.T, cfg pubsub.Config) *sql.DB {
+func sqlDB(t testing.TB, cfg pubsub.Config) *sql.DB {
 	t.Helper()
 	db, err := sql.Open("pgx", cfg.SQL.DSN)
 	require.NoError(t, err)
@@ -70,7 +70,7 @@ func sqlDB(t *testing.T, cfg pubsub.Config) *sql.DB {
 }
 
 // sqlTable is the table of a group's messages.
-func sqlTable(t *testing.T, cfg pubsub.Config, topic, group string) string {
+func sqlTable(t testing.TB, cfg pubsub.Config, topic, group string) string {
 	t.Helper()
 	return fmt.Sprintf("%s_queue_%d", cfg.SQL.Prefix,
 		askSQL(t, cfg, `SELECT id FROM `+cfg.SQL.Prefix+`_groups WHERE topic = $1 AND consumer_group = $2`, topic, group))
