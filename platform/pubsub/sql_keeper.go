@@ -43,12 +43,16 @@ func (s *sqlSource) keep(ctx context.Context) {
 	writing, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(flushTimeout, cancel) })()
+	tidy := time.NewTicker(tidyEvery)
+	defer tidy.Stop()
 	var again <-chan time.Time // after a failure
 	for {
 		var err error
 		select {
 		case <-heartbeat.C:
 			err = s.extend(writing)
+		case <-tidy.C:
+			s.tidy(writing)
 		case <-again:
 			err = s.extend(writing) // no claim is made before
 		case <-s.work:
@@ -207,4 +211,64 @@ func (s *sqlSource) exec(ctx context.Context, statement func(table string) strin
 		}
 	}
 	return nil
+}
+
+const (
+	// tidyEvery is how often a queue is looked at that may be larger than what
+	// is in it.
+	tidyEvery = 5 * time.Second
+	// tidyFrom is the size in bytes that a queue may keep for its next messages.
+	tidyFrom = 4 << 20
+	// tidyTimeout bounds how long others wait for a queue that is being tidied.
+	tidyTimeout = 200 * time.Millisecond
+)
+
+// tidy gives the disk back that an empty queue takes up. Vacuum makes deleted
+// rows free for new ones, but an index whose entries only ever grow keeps its
+// size. It does nothing while anything is in the table or on its way into it,
+// and gives up when that does not show at once; the next time will do.
+func (s *sqlSource) tidy(ctx context.Context) {
+	s.mu.Lock()
+	busy := len(s.held) > 0
+	s.mu.Unlock()
+	if busy {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
+	defer cancel()
+	if err := s.truncateIfEmpty(ctx); err != nil {
+		s.broker.logger.Debug("a queue was not tidied", "group", s.group.name, "topic", s.group.topic, "error", oneLine(err))
+	}
+}
+
+func (s *sqlSource) truncateIfEmpty(ctx context.Context) error {
+	queue, err := s.broker.queue(ctx, s.group)
+	if err != nil {
+		return err
+	}
+	table := s.broker.names.queue(queue)
+	var large bool
+	if err := s.broker.db.QueryRowContext(ctx, `SELECT pg_total_relation_size($1::regclass) > $2`, table, tidyFrom).Scan(&large); err != nil || !large {
+		return err
+	}
+	tx, err := s.broker.db.BeginTx(ctx, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }() // does nothing after the commit
+	// Who publishes has a lock until the commit, so nothing is on its way when
+	// we have ours. To see that there is no row can mean to step over all that
+	// are dead, and nobody shall wait for that.
+	limit := fmt.Sprintf("'%dms'", tidyTimeout.Milliseconds())
+	if _, err := tx.ExecContext(ctx, `SET LOCAL lock_timeout = `+limit+`; SET LOCAL statement_timeout = `+limit+`; LOCK TABLE `+table+` IN ACCESS EXCLUSIVE MODE`); err != nil {
+		return err
+	}
+	var empty bool
+	if err := tx.QueryRowContext(ctx, `SELECT NOT EXISTS (SELECT FROM `+table+`)`).Scan(&empty); err != nil || !empty {
+		return err
+	}
+	if _, err := tx.ExecContext(ctx, `TRUNCATE `+table); err != nil {
+		return err
+	}
+	return tx.Commit()
 }
