@@ -88,6 +88,15 @@ func outcomesInFlight(durable bool) int {
 	return 1024
 }
 
+// silence is how long dispatch may take over an order that it has from the
+// broker. With few permits many rounds of attempts come before it: those of the
+// messages that are in flight, and of a quarter more that are at hand. Twenty
+// seconds are for the broker, to see that a process is dead.
+func silence(concurrency int, attempt time.Duration) time.Duration {
+	rounds := (ordersInFlight(concurrency)*5/4+concurrency-1)/concurrency + 1
+	return time.Duration(rounds)*attempt + 20*time.Second
+}
+
 // adminStopTimeout bounds what a stopping process waits for operators, who may
 // be in the middle of a long profile.
 const adminStopTimeout = time.Second
@@ -194,7 +203,7 @@ func serve(ctx context.Context, cfg config.Config, modules []string, logger *slo
 	if withIntake {
 		if in, err = intake.Open(ctx, cfg.Intake, cfg.Store, cfg.Dispatch.RetryConfig, intake.Deps{
 			Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator,
-			Direct: client, AttemptTimeout: cfg.Backend.Timeout,
+			Direct: client, AttemptTimeout: cfg.Backend.Timeout, Silence: silence(cfg.Dispatch.Concurrency, cfg.Backend.Timeout),
 			Bus: intake.Bus{Publisher: traced(bus.Publisher()), Subscriber: outcomes, Poison: traced(bus.Publisher()),
 				Window: window(bus.Window(), ordersInFlight(cfg.Dispatch.Concurrency)), Carrier: bus.Place(), System: bus.System(), Redelivered: pubsub.Redelivered},
 		}); err != nil {
@@ -254,11 +263,24 @@ func serve(ctx context.Context, cfg config.Config, modules []string, logger *slo
 		return fmt.Errorf("start: %w", err)
 	}
 
-	stopRelay := func() {}
+	stopRelay := func(context.Context) {}
 	if withIntake {
 		relayCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-		relayDone := background(func() error { return in.Run(relayCtx) })
-		stopRelay = func() { cancel(); relayDone() }
+		relayDone := make(chan struct{})
+		ended := background(func() error { defer close(relayDone); return in.Run(relayCtx) })
+		closers.add("relay", func(context.Context) error { ended(); return nil })
+		stopRelay = func(ctx context.Context) {
+			cancel()
+			// A store or a broker that hangs must not take the time in which
+			// calls could end.
+			patience := time.NewTimer(cfg.HTTP.ShutdownTimeout / 3)
+			defer patience.Stop()
+			select {
+			case <-relayDone:
+			case <-patience.C:
+			case <-ctx.Done():
+			}
+		}
 		background(public.Serve)
 	}
 	closers.add("backend calls in flight", func(ctx context.Context) error {
@@ -271,7 +293,7 @@ func serve(ctx context.Context, cfg config.Config, modules []string, logger *slo
 				_ = public.Shutdown(ctx) // its own closer says what came of it
 			}
 		}()
-		stopRelay()
+		stopRelay(ctx)
 		if withDispatch {
 			out.Stop() // or the drain would wait for those as well that wait for a permit
 		}

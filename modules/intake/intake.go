@@ -62,6 +62,10 @@ type Deps struct {
 	// AttemptTimeout is the longest that a call of the backend takes, in this
 	// process or another.
 	AttemptTimeout time.Duration
+	// Silence is how long dispatch may take over an order that it has from the
+	// broker: for the attempts that wait for their permits before it, for its
+	// own, and for the broker to see that a process is dead.
+	Silence time.Duration
 }
 
 // Module is intake, open and ready to be wired. Its methods are safe for
@@ -163,7 +167,7 @@ func (m *Module) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { m.relay.run(ctx) })
-	wg.Go(func() { m.relay.hold(ctx) })
+	m.relay.holding.Go(m.relay.hold)
 	wg.Go(func() { m.sweeper.run(ctx) })
 	wg.Go(func() { m.retain(ctx) })
 	wg.Go(func() { m.observe(ctx) })

@@ -15,6 +15,9 @@ import (
 const (
 	projectPauseMin = 50 * time.Millisecond
 	projectPauseMax = 2 * time.Second
+	// projectPatience is how long an outcome is held that cannot be stored.
+	// Then it goes back to the broker: another process may be able to.
+	projectPatience = 15 * time.Second
 )
 
 // project takes an outcome over into its order. It returns when that is
@@ -52,11 +55,13 @@ func (m *Module) passed(msg *message.Message) error {
 	})
 }
 
-// insist calls do until it succeeds or ctx ends.
+// insist calls do until it succeeds, for as long as an outcome is held, or until
+// ctx ends.
 func insist(ctx context.Context, do func(context.Context) error, complain func(error)) error {
+	began := time.Now()
 	for pause := projectPauseMin; ; pause = min(2*pause, projectPauseMax) {
 		err := do(ctx)
-		if err == nil || ctx.Err() != nil {
+		if err == nil || ctx.Err() != nil || time.Since(began) > projectPatience {
 			return err
 		}
 		complain(err)

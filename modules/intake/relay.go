@@ -34,7 +34,12 @@ const (
 	// relayLease is how long an order that was claimed stays with the process
 	// that did, without a sign of life of it. A publish must have ended by
 	// then, one way or the other.
-	relayLease = 20 * time.Second
+	relayLease = 30 * time.Second
+	// refusedPause is how long a message that the broker does not take, while
+	// it takes others, keeps out of their way.
+	refusedPause = time.Minute
+	// refusals in a row mean that it is not the message.
+	refusals = 3
 )
 
 // relay publishes what is due. First publication, retry, replay and recovery
@@ -59,9 +64,13 @@ type relay struct {
 	name       string // of the broker, and the place in it
 
 	wake      chan struct{}
-	published []mark    // and not marked yet
-	marking   *marking  // under way, or nil
-	looked    time.Time // when the last turn looked for what is due
+	ended     chan struct{}           // closed by close
+	published []mark                  // and not marked yet
+	marking   *marking                // under way, or nil
+	looked    time.Time               // when the last turn looked for what is due
+	aside     map[uuid.UUID]time.Time // refused by the broker, and until when they are left alone
+
+	holding sync.WaitGroup // hold
 
 	mu       sync.Mutex
 	inFlight map[uuid.UUID]flight // with a window: orders published and unfinished
@@ -86,6 +95,8 @@ func newRelay(s store, w *writer, st *stats, deps Deps) *relay {
 		name:       deps.Bus.Carrier,
 		wake:       make(chan struct{}, 1),
 		inFlight:   map[uuid.UUID]flight{},
+		aside:      map[uuid.UUID]time.Time{},
+		ended:      make(chan struct{}),
 	}
 }
 
@@ -136,7 +147,9 @@ func (r *relay) run(ctx context.Context) {
 // time that this one serves the store.
 func (r *relay) takeOver(ctx context.Context) error {
 	earlier, err := r.store.carrier(ctx)
-	if err != nil || earlier == r.name {
+	// With a window nothing is ever marked: what is, another broker has,
+	// maybe since we took over, from a process that had not.
+	if err != nil || earlier == r.name && r.window == 0 {
 		return err
 	}
 	n, err := republish(ctx, r.store, now())
@@ -176,7 +189,7 @@ func (r *relay) turn(ctx context.Context) (int, error) {
 		return 0, nil
 	}
 	r.looked = now()
-	orders, err := r.store.claim(ctx, r.looked, r.looked.Add(relayLease), limit, size, r.isInFlight)
+	orders, err := r.store.claim(ctx, r.looked, r.looked.Add(relayLease), limit, size, r.skip)
 	if err != nil || len(orders) == 0 {
 		return 0, err
 	}
@@ -187,7 +200,7 @@ func (r *relay) turn(ctx context.Context) (int, error) {
 	rest := orders
 	// A slow broker must not let the claims run out: what there is no time for
 	// is claimed again.
-	for len(rest) > 0 && err == nil && ctx.Err() == nil && now().Sub(r.looked) < relayLease/4 {
+	for len(rest) > 0 && err == nil && ctx.Err() == nil && !r.late() {
 		n := min(group, len(rest))
 		err = errors.Join(r.publish(ctx, rest[:n]), r.startMarking(ctx))
 		rest = rest[n:]
@@ -266,13 +279,67 @@ func (r *relay) publish(ctx context.Context, orders []*order) error {
 	)
 }
 
-// publishTo hands orders to the broker all together. When it fails, the broker
-// may have some of them, and they will come to it again.
-func (r *relay) publishTo(ctx context.Context, topic string, orders []*order, encode func(*order) (*message.Message, error)) error {
+// encoder makes the message of an order.
+type encoder func(*order) (*message.Message, error)
+
+// publishTo hands orders to the broker, all together if it takes them. When it
+// does not, one by one: a message that the broker refuses must not hold up the
+// others. What it does not take is given back.
+func (r *relay) publishTo(ctx context.Context, topic string, orders []*order, encode encoder) error {
 	if len(orders) == 0 {
 		return nil
 	}
-	msgs, marks := make([]*message.Message, 0, len(orders)), marksOf(orders)
+	err := r.hand(ctx, topic, orders, encode)
+	if err == nil {
+		return nil
+	}
+	// If it took its time to fail, it is the broker and not a message.
+	if r.window > 0 || len(orders) == 1 || r.late() {
+		return errors.Join(err, r.giveBack(ctx, marksOf(orders)))
+	}
+	var refused []*order // since the last one that was taken
+	for i, o := range orders {
+		if err = r.hand(ctx, topic, orders[i:i+1], encode); err == nil {
+			r.putAside(ctx, refused)
+			refused = nil
+			continue
+		}
+		refused = append(refused, o)
+		if len(refused) == refusals || r.late() {
+			return errors.Join(err, r.giveBack(ctx, marksOf(append(refused, orders[i+1:]...))))
+		}
+		r.logger.Error("the broker does not take this order's message", "order_id", o.ID, "trace_id", o.traceID(), "size", o.Size, "error", err)
+	}
+	r.putAside(ctx, refused)
+	return nil
+}
+
+// putAside keeps orders out of the way of others for a while.
+func (r *relay) putAside(ctx context.Context, refused []*order) {
+	until := now().Add(refusedPause)
+	for _, o := range refused {
+		r.aside[o.ID] = until
+	}
+	if err := r.store.renew(context.WithoutCancel(ctx), marksOf(refused), until); err != nil {
+		r.logger.Warn("other processes may try a message again that the broker does not take", "error", err)
+	}
+}
+
+// skip says which due orders are not to be published now.
+func (r *relay) skip(id uuid.UUID) bool {
+	if until, ok := r.aside[id]; ok {
+		if now().Before(until) {
+			return true
+		}
+		delete(r.aside, id)
+	}
+	return r.isInFlight(id)
+}
+
+// hand publishes orders in one call. When it fails, the broker may have some of
+// them.
+func (r *relay) hand(ctx context.Context, topic string, orders []*order, encode encoder) error {
+	msgs := make([]*message.Message, 0, len(orders))
 	for _, o := range orders {
 		msg, err := encode(o)
 		if err != nil {
@@ -292,16 +359,20 @@ func (r *relay) publishTo(ctx context.Context, topic string, orders []*order, en
 		for _, o := range orders {
 			r.finished(o.ID, o.Attempts+1)
 		}
-		return errors.Join(fmt.Errorf("publish %d messages to %s: %w", len(msgs), topic, err), r.giveBack(ctx, marks))
+		return fmt.Errorf("publish %d messages to %s: %w", len(msgs), topic, err)
 	}
 	if topic == contract.TopicSubmitted {
 		r.stats.published(len(msgs))
 	}
 	if !inWindow {
-		r.published = append(r.published, marks...)
+		r.published = append(r.published, marksOf(orders)...)
 	}
 	return nil
 }
+
+// late reports whether the claims of this turn should not be relied on for
+// another publish.
+func (r *relay) late() bool { return now().Sub(r.looked) >= relayLease/4 }
 
 // giveBack ends the claims of orders that were not published, or not finished.
 func (r *relay) giveBack(ctx context.Context, claimed []mark) error {
@@ -314,17 +385,29 @@ func (r *relay) giveBack(ctx context.Context, claimed []mark) error {
 	return nil
 }
 
-// hold renews the claims of what is in flight until ctx ends. There is nothing
-// to renew without a window: what the broker has is marked.
-func (r *relay) hold(ctx context.Context) {
+// hold renews the claims of what is in flight until close, which is after the
+// last call of the backend has ended. There is nothing to renew without a
+// window: what the broker has is marked.
+func (r *relay) hold() {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
 	for r.window > 0 {
-		wait(ctx, relayLease/4, nil)
-		if ctx.Err() != nil {
+		wait(ctx, relayLease/4, r.ended)
+		if isClosed(r.ended) {
 			return
 		}
-		if err := r.store.renew(ctx, r.claimed(), now().Add(relayLease)); err != nil && ctx.Err() == nil {
+		if err := r.store.renew(ctx, r.claimed(), now().Add(relayLease)); err != nil {
 			r.logger.Warn("cannot tell other processes which orders this one is busy with; they may be saved twice", "error", err)
 		}
+	}
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -339,12 +422,12 @@ func (r *relay) claimed() []mark {
 	return marks
 }
 
-// close gives back what is still in flight. Call it when no outcome can arrive
-// any more.
+// close gives back what is still in flight. Call it once, when no outcome can
+// arrive any more.
 func (r *relay) close() error {
-	ctx, cancel := context.WithTimeout(context.Background(), relayPauseMax)
-	defer cancel()
-	return r.giveBack(ctx, r.claimed())
+	close(r.ended)
+	r.holding.Wait()
+	return r.giveBack(context.Background(), r.claimed())
 }
 
 // room returns how many orders and bytes the next turn may take. When a window

@@ -125,6 +125,7 @@ func startModule(ctx context.Context, t *testing.T, s store, bus Bus) (m *Module
 		Propagator:     propagation.TraceContext{},
 		Bus:            bus,
 		AttemptTimeout: 10 * time.Second,
+		Silence:        60 * time.Second,
 	}, s)
 	require.NoError(t, err)
 	done := make(chan struct{})

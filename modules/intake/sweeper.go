@@ -22,6 +22,9 @@ const (
 	markerPauseMax = 160 * time.Second
 	// markerSlow is how long a publish takes at a broker that is well.
 	markerSlow = time.Second
+	// forgetfulSweep is how often orders are looked for that another broker was
+	// carrying.
+	forgetfulSweep = time.Minute
 	// lastPatience is how long a stop waits for the last outcomes.
 	lastPatience = 2 * time.Second
 	// clockSkew is how far the clocks of processes that share a store may be
@@ -54,13 +57,10 @@ type sweeper struct {
 	lastBack chan struct{} // closed when that is back
 }
 
-// newSweeper gives orders the time that an attempt can take several times over:
-// ahead of an attempt others can wait for permits in the same process, and a
-// broker takes its time to see that a process is dead.
 func newSweeper(s store, r *relay, st *stats, deps Deps) *sweeper {
 	return &sweeper{
 		store: s, relay: r, publisher: deps.Bus.Publisher, logger: deps.Logger, stats: st,
-		patience:  4*deps.AttemptTimeout + 20*time.Second,
+		patience:  deps.Silence,
 		forgetful: deps.Bus.Window > 0,
 		pause:     markerPauseMin,
 		last:      uuid.NewString(),
@@ -68,9 +68,23 @@ func newSweeper(s store, r *relay, st *stats, deps Deps) *sweeper {
 	}
 }
 
-// run sends markers until ctx ends.
+// run sends markers until ctx ends. With a broker that keeps nothing there is no
+// need: what is marked as published is another one's, and nobody's concern there
+// any more.
 func (s *sweeper) run(ctx context.Context) {
-	for !s.forgetful {
+	for s.forgetful && ctx.Err() == nil {
+		wait(ctx, forgetfulSweep, nil)
+		n, err := republish(ctx, s.store, now())
+		switch {
+		case ctx.Err() != nil:
+		case err != nil:
+			s.logger.Warn("cannot look for orders that another broker was carrying; tried again later", "error", err)
+		case n > 0:
+			s.logger.Info("orders that another broker was carrying are handed to this one", "orders", n)
+			s.relay.nudge()
+		}
+	}
+	for ctx.Err() == nil {
 		wait(ctx, s.between(), nil)
 		if ctx.Err() != nil {
 			return
@@ -151,11 +165,12 @@ func (s *sweeper) passed(ctx context.Context, m contract.Marker) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.pause = markerPauseMin
 	// The one that has been back longest is the first to be of use, and after
-	// its patience the next.
-	if s.returned.IsZero() || !m.LostBefore.IsZero() {
+	// its patience and the return of its second the next. Other seconds of the
+	// same one may still be in the queue.
+	if s.returned.IsZero() || !m.LostBefore.Before(s.sentAt.Add(-clockSkew)) {
 		s.returned, s.sentAt = now(), m.SentAt
+		s.pause = markerPauseMin
 	}
 	return nil
 }

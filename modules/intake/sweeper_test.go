@@ -2,6 +2,8 @@ package intake
 
 import (
 	"context"
+	"errors"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -22,8 +24,9 @@ type queue struct {
 	waiting   []*message.Message
 	accepted  map[string]int // publications by message id
 	markers   int
-	slow      time.Duration          // what a publish takes
-	published func(*message.Message) // if set, is called with each order
+	refuses   func(*message.Message) bool // if set, says which messages are not taken
+	slow      time.Duration               // what a publish takes
+	published func(*message.Message)      // if set, is called with each order
 }
 
 func (q *queue) Publish(_ string, msgs ...*message.Message) error {
@@ -33,6 +36,14 @@ func (q *queue) Publish(_ string, msgs ...*message.Message) error {
 	time.Sleep(slow) //nolint:forbidigo // the clock of the test's bubble
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	var err error
+	msgs = slices.DeleteFunc(slices.Clone(msgs), func(msg *message.Message) bool {
+		if q.refuses == nil || !q.refuses(msg) {
+			return false
+		}
+		err = errors.New("message too large")
+		return true
+	})
 	for _, msg := range msgs {
 		if contract.IsMarker(msg) {
 			q.markers++
@@ -44,7 +55,7 @@ func (q *queue) Publish(_ string, msgs ...*message.Message) error {
 		}
 	}
 	q.waiting = append(q.waiting, msgs...)
-	return nil
+	return err
 }
 
 func (q *queue) Close() error { return nil }
@@ -190,6 +201,47 @@ func TestNobodyIsTakenForLostWhileTheBrokerBlocksPublishing(t *testing.T) {
 		answer(t, m, held)
 		require.Zero(t, waitingOrders(m))
 		require.Zero(t, q.repeated())
+	})
+}
+
+func TestAMessageThatTheBrokerRefusesHoldsUpNoOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		q := &queue{accepted: map[string]int{}}
+		s := newMemoryStore()
+		bad := testOrder("bad")
+		bad.AcceptedAt, bad.PublishAt = now(), now()
+		require.NoError(t, s.write(t.Context(), []*change{{insert: bad}}))
+		q.refuses = func(msg *message.Message) bool { return strings.HasPrefix(msg.UUID, bad.ID.String()) }
+		m := runModule(t, s, Bus{Publisher: q, Carrier: "test", System: "test"})
+		submitNow(t, m, 2000)
+		for range 30 {
+			pass(10 * time.Second)
+			answer(t, m, q.take(10_000))
+		}
+		require.EqualValues(t, 1, waitingOrders(m))
+		require.Less(t, q.repeated(), 10*relayGroup, "one group each time that it is tried again")
+		q.mu.Lock()
+		q.refuses = nil
+		q.mu.Unlock()
+		pass(2 * refusedPause)
+		answer(t, m, q.take(10))
+		require.Zero(t, waitingOrders(m))
+	})
+}
+
+func TestWithGoChannelsWhatAnotherBrokerStillHasBecomesDue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, q := newMemoryStore(), &queue{accepted: map[string]int{}}
+		m := runModule(t, s, Bus{Publisher: q, Window: 100, Carrier: "gochannel", System: "test"})
+		submitNow(t, m, 1)
+		answer(t, m, q.take(1))
+		// A process that has not been told yet marks an order for its broker.
+		late := testOrder("late")
+		late.PublishAt = now().Add(time.Hour)
+		require.NoError(t, s.write(t.Context(), []*change{{insert: late}, {marks: []mark{{id: late.ID}}, publishedAt: now()}}))
+		pass(2 * forgetfulSweep)
+		answer(t, m, q.take(1))
+		require.Zero(t, waitingOrders(m))
 	})
 }
 

@@ -91,7 +91,7 @@ func CheckPostgresDSN(dsn string) error {
 //
 // Processes that open the same database at the same time migrate one after the
 // other (goose's session lock). A connection pooler in front of the server must
-// be in session mode, or the DSN must say default_query_exec_mode=exec.
+// be in session mode.
 func OpenPostgres(ctx context.Context, cfg PostgresConfig) (*Postgres, error) {
 	conf, err := parsePostgres(cfg.DSN)
 	if err != nil {

@@ -82,21 +82,28 @@ func (c AMQPConfig) validate() error {
 	if types := []string{QueueClassic, QueueQuorum}; !slices.Contains(types, c.QueueType) {
 		fault("queue_type", "must be one of %s, is %q", strings.Join(types, ", "), c.QueueType)
 	}
-	if c.Timeout <= 0 {
-		fault("timeout", "must be above 0, is %s", c.Timeout)
+	if c.Timeout <= 0 || c.Timeout > longestPublish {
+		fault("timeout", "must be above 0s and at most 10s, is %s", c.Timeout)
 	}
 	if (c.TLSCert == "") != (c.TLSKey == "") {
 		fault("tls_cert", "needs pubsub.amqp.tls_key, and the other way round")
 	}
-	if c.TLSCA+c.TLSCert+c.TLSKey != "" && !strings.HasPrefix(c.URL, "amqps://") {
+	if c.TLSCA+c.TLSCert+c.TLSKey != "" && !c.encrypted() {
 		fault("url", "must begin with amqps:// where a file for TLS is given")
 	}
 	return errors.Join(faults...)
 }
 
+// encrypted reports whether the URL asks for TLS. Schemes may be in capitals
+// (RFC 3986, section 3.1).
+func (c AMQPConfig) encrypted() bool {
+	scheme, _, _ := strings.Cut(c.URL, ":")
+	return strings.EqualFold(scheme, "amqps")
+}
+
 // tls reads the files. It returns nil where the connection is not encrypted.
 func (c AMQPConfig) tls(host string) (*tls.Config, error) {
-	if !strings.HasPrefix(c.URL, "amqps://") {
+	if !c.encrypted() {
 		return nil, nil
 	}
 	config := &tls.Config{ServerName: host, MinVersion: tls.VersionTLS12}

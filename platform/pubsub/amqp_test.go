@@ -113,7 +113,7 @@ func TestAMQPConfig(t *testing.T) {
 			"pubsub.amqp.url: must be an address such as amqp://user:password@host:5672/vhost, or amqps://",
 			`pubsub.amqp.prefix: must have 1 to 100 bytes and not begin with amq., is "amq.x"`,
 			`pubsub.amqp.queue_type: must be one of classic, quorum, is "mirrored"`,
-			"pubsub.amqp.timeout: must be above 0, is -1ns",
+			"pubsub.amqp.timeout: must be above 0s and at most 10s, is -1ns",
 			"pubsub.amqp.tls_cert: needs pubsub.amqp.tls_key, and the other way round",
 			"pubsub.amqp.url: must begin with amqps:// where a file for TLS is given",
 		}, "\n"))

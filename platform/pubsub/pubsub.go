@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
 )
@@ -32,6 +33,10 @@ var ErrClosed = errors.New("pubsub is closed")
 // ErrNoSubscriber is wrapped by the errors of a publish to a topic of a broker
 // that keeps nothing, when no consumer group is there to take the messages.
 var ErrNoSubscriber = errors.New("no subscriber takes the messages of this topic")
+
+// longestPublish bounds how long a Publish may take: who publishes may hold
+// messages by a lease, and must know when it is over.
+const longestPublish = 10 * time.Second
 
 // Config says which broker to use.
 type Config struct {

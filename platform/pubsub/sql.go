@@ -57,8 +57,8 @@ func (c SQLConfig) validate() error {
 	if !prefixPattern.MatchString(c.Prefix) {
 		faults = append(faults, fmt.Errorf("pubsub.sql.prefix: must be 1 to 40 characters of a-z, 0-9 and _, and begin with no digit, is %q", c.Prefix))
 	}
-	if c.Timeout <= 0 {
-		faults = append(faults, fmt.Errorf("pubsub.sql.timeout: must be above 0, is %s", c.Timeout))
+	if c.Timeout <= 0 || c.Timeout > longestPublish {
+		faults = append(faults, fmt.Errorf("pubsub.sql.timeout: must be above 0s and at most 10s, is %s", c.Timeout))
 	}
 	return errors.Join(faults...)
 }
@@ -207,7 +207,6 @@ func (b *sqlBroker) repair(ctx context.Context) error {
 	for group := range b.groups {
 		groups = append(groups, group)
 	}
-	clear(b.groups)
 	b.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, declareTimeout)
 	defer cancel()

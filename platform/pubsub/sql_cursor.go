@@ -51,6 +51,14 @@ func (c *sqlCursor) claimed(now time.Time, last int64, full bool) {
 	c.high = max(c.high, last)
 }
 
+// failed is called after a claim that failed, maybe because it took too long. A
+// sweep is not tried again at once: the other claims must go on.
+func (c *sqlCursor) failed(now time.Time) {
+	if c.sweeping {
+		c.sweepAt = now.Add(max(pollEvery, 10*now.Sub(c.begun)))
+	}
+}
+
 // rewind makes the next claims find a row that is due again.
 func (c *sqlCursor) rewind(id int64) {
 	c.low, c.next = min(c.low, id-1), min(c.next, id-1)

@@ -136,6 +136,8 @@ func (s *sqlSource) write(ctx context.Context) error {
 	acked, nacked, unused := s.acked, s.nacked, s.unused
 	s.acked, s.nacked, s.unused = nil, nil, nil
 	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, settleTimeout) // for all together: heartbeats must go on
+	defer cancel()
 
 	var errs []error
 	if err := s.exec(ctx, s.deleteStatement, acked); err != nil {

@@ -81,7 +81,7 @@ func (l advisoryLock) SessionUnlock(ctx context.Context, conn *sql.Conn) error {
 // groupsTable lists the groups of every topic, so that publishers find those
 // that were first subscribed by other processes.
 func groupsTable(names sqlNames) string {
-	return `CREATE TABLE ` + names.groups() + ` (
+	return `CREATE TABLE IF NOT EXISTS ` + names.groups() + ` (
 		id             bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
 		topic          text NOT NULL,
 		consumer_group text NOT NULL,
@@ -131,6 +131,10 @@ func declare(ctx context.Context, db *sql.DB, names sqlNames, groups []sqlGroup)
 func declareIn(ctx context.Context, tx *sql.Tx, names sqlNames, groups []sqlGroup) (map[sqlGroup]sqlQueue, error) {
 	if _, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock($1)`, names.lock()); err != nil {
 		return nil, err
+	}
+	// The migration made it, unless somebody has dropped it since.
+	if _, err := tx.ExecContext(ctx, groupsTable(names)); err != nil {
+		return nil, fmt.Errorf("make table %s: %w", names.groups(), err)
 	}
 	queues := make(map[sqlGroup]sqlQueue)
 	for _, group := range groups {

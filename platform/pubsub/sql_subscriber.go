@@ -260,9 +260,9 @@ func (s *sqlSource) room() int {
 		return 0
 	case len(s.acked) > max(s.limit, undeleted):
 		return 0
-	case s.taken > 0 && time.Since(s.beaten) > lease/2:
+	case len(s.held) > 0 && time.Since(s.beaten) > lease/2:
 		// After an outage: first our own leases, or we would claim the
-		// messages that are with our own consumer.
+		// messages that are with our own consumer, or that it has acked.
 		return 0
 	default:
 		return s.limit - s.taken
@@ -439,6 +439,9 @@ func (c *sqlClaims) HandleError(_ watermill.LoggerAdapter, _ bool, err error) ti
 // recover does what can be done about a claim that failed.
 func (c *sqlClaims) recover(err error) {
 	s := c.source
+	s.mu.Lock()
+	c.cursor.failed(time.Now())
+	s.mu.Unlock()
 	s.broker.outage.begin(s, fmt.Errorf("claim messages: %w", err))
 	if isUndefinedTable(err) {
 		err = s.broker.repair(s.broker.life)

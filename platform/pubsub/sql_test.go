@@ -137,7 +137,7 @@ func TestSQLConfig(t *testing.T) {
 			err := cfg.Validate()
 			require.ErrorContains(t, err, "pubsub.sql.dsn: "+fault)
 			require.ErrorContains(t, err, `pubsub.sql.prefix: must be 1 to 40 characters of a-z, 0-9 and _, and begin with no digit, is "1st"`)
-			require.ErrorContains(t, err, "pubsub.sql.timeout: must be above 0, is -1s")
+			require.ErrorContains(t, err, "pubsub.sql.timeout: must be above 0s and at most 10s, is -1s")
 			require.NotContains(t, err.Error(), "hunter2")
 			require.Len(t, strings.Split(err.Error(), "\n"), 3)
 		}
