@@ -298,27 +298,32 @@ func (r *relay) publishTo(ctx context.Context, topic string, orders []*order, en
 		return errors.Join(err, r.giveBack(ctx, marksOf(orders)))
 	}
 	var refused []*order // since the last one that was taken
+	var reason error     // why the last of them was not
 	for i, o := range orders {
 		if err = r.hand(ctx, topic, orders[i:i+1], encode); err == nil {
-			r.putAside(ctx, refused)
+			r.putAside(ctx, refused, reason)
 			refused = nil
 			continue
 		}
-		refused = append(refused, o)
+		refused, reason = append(refused, o), err
 		if len(refused) == refusals || r.late() {
 			return errors.Join(err, r.giveBack(ctx, marksOf(append(refused, orders[i+1:]...))))
 		}
-		r.logger.Error("the broker does not take this order's message", "order_id", o.ID, "trace_id", o.traceID(), "size", o.Size, "error", err)
 	}
-	r.putAside(ctx, refused)
+	r.putAside(ctx, refused, reason)
 	return nil
 }
 
 // putAside keeps orders out of the way of others for a while.
-func (r *relay) putAside(ctx context.Context, refused []*order) {
+func (r *relay) putAside(ctx context.Context, refused []*order, reason error) {
+	if len(refused) == 0 {
+		return
+	}
 	until := now().Add(refusedPause)
 	for _, o := range refused {
 		r.aside[o.ID] = until
+		r.logger.Error("the broker does not take the message of an order; it is tried again later, and others go before it",
+			"order_id", o.ID, "trace_id", o.traceID(), "size", o.Size, "error", reason)
 	}
 	if err := r.store.renew(context.WithoutCancel(ctx), marksOf(refused), until); err != nil {
 		r.logger.Warn("other processes may try a message again that the broker does not take", "error", err)

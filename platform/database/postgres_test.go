@@ -69,7 +69,7 @@ func TestPostgresConnectionsHaveLimitsThatTheDSNCanChange(t *testing.T) {
 		}))
 		return value
 	}
-	require.Equal(t, "10s", setting(dsn, "statement_timeout", true))
+	require.Equal(t, "5s", setting(dsn, "statement_timeout", true))
 	require.Equal(t, "10s", setting(dsn, "statement_timeout", false))
 	require.Equal(t, "sluice", setting(dsn, "application_name", false))
 	require.Equal(t, "5s", setting(dsn+"&statement_timeout=5000", "statement_timeout", false))
