@@ -222,7 +222,7 @@ func serve(ctx context.Context, cfg config.Config, modules []string, logger *slo
 	orders := bus.Subscriber(contract.GroupDispatch, ordersInFlight(cfg.Dispatch.Concurrency))
 	if withDispatch {
 		if out, err = dispatch.New(cfg.Dispatch.Config, cfg.Backend, client, dispatch.Bus{
-			Subscriber: orders, Outcomes: traced(bus.Confirmed()), Poison: traced(bus.Publisher()), System: bus.System(), Redelivered: pubsub.Redelivered,
+			Subscriber: orders, Outcomes: traced(bus.Confirmed()), Poison: traced(bus.Publisher()), System: bus.System(), Redelivered: pubsub.Redelivered, Lost: pubsub.Lost,
 		}, dispatch.Deps{Logger: logger, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider, Propagator: tel.Propagator}); err != nil {
 			return fmt.Errorf("set up dispatch: %w", err)
 		}

@@ -40,6 +40,10 @@ type Bus struct {
 	System     string            // the broker's name in traces
 	// Redelivered reports whether this delivery follows an earlier one.
 	Redelivered func(*message.Message) bool
+	// Lost reports whether the broker has given the message to somebody else
+	// meanwhile, so that the order is not to be called for here. Nil where
+	// that cannot be.
+	Lost func(*message.Message) bool
 }
 
 // Module handles contract.TopicSubmitted.
@@ -121,7 +125,7 @@ func (m *Module) observe(meter metric.Meter) error {
 func (m *Module) Register(router *message.Router) {
 	router.AddConsumerHandler(handlerName, contract.TopicSubmitted, m.bus.Subscriber, func(msg *message.Message) error {
 		_, err := m.handler(msg) // what it produced is published by then
-		if errors.Is(err, middleware.ErrClosed) {
+		if errors.Is(err, middleware.ErrClosed) || errors.Is(err, errLost) {
 			msg.Nack() // no failure, which the router would log: it goes back untouched
 			return nil
 		}
@@ -139,6 +143,10 @@ func (m *Module) Stats() Stats {
 	return Stats{InFlight: m.limiter.InFlight(), Limit: m.limiter.Limit()}
 }
 
+// errLost ends the handling of a message that the broker gives to somebody else,
+// while this one waited for a permit.
+var errLost = errors.New("the broker has taken the message back")
+
 // handle makes the attempt that a message asks for and returns its outcome. A
 // marker has come here like an order, waited for its permit and goes on.
 func (m *Module) handle(msg *message.Message) ([]*message.Message, error) {
@@ -148,6 +156,9 @@ func (m *Module) handle(msg *message.Message) ([]*message.Message, error) {
 	order, err := contract.DecodeSubmitted(msg)
 	if err != nil {
 		return nil, err
+	}
+	if m.bus.Lost != nil && m.bus.Lost(msg) {
+		return nil, errLost
 	}
 	ctx := msg.Context()
 	outcome, err := m.client.Attempt(ctx, order)

@@ -399,6 +399,30 @@ func TestModuleLogsOutcomes(t *testing.T) {
 	}, got)
 }
 
+func TestModuleDoesNotCallForWhatTheBrokerHasTakenBack(t *testing.T) {
+	var calls, asked atomic.Int64
+	backend := newBackend(t, func(w http.ResponseWriter, _ *http.Request) {
+		calls.Add(1)
+		w.WriteHeader(http.StatusOK)
+	})
+	broker, err := pubsub.Open(t.Context(), pubsub.DefaultConfig(), nil, slog.New(slog.DiscardHandler))
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, broker.Close()) })
+	outcomes, err := broker.Subscriber(contract.GroupIntake, 1).Subscribe(t.Context(), contract.TopicOutcome)
+	require.NoError(t, err)
+	run(t, newModule(t, backend.URL, 1, quietDeps(), dispatch.Bus{
+		Subscriber: broker.Subscriber(contract.GroupDispatch, 2), Outcomes: broker.Publisher(), Poison: broker.Publisher(), System: broker.Name(),
+		Redelivered: pubsub.Redelivered,
+		Lost:        func(*message.Message) bool { return asked.Add(1) == 1 },
+	}))
+	require.NoError(t, broker.Publisher().Publish(contract.TopicSubmitted, orderNumbered(1).Message()))
+	outcome, err := contract.DecodeOutcome(next(t, outcomes))
+	require.NoError(t, err)
+	require.Equal(t, contract.TypeSaved, outcome.Type)
+	require.EqualValues(t, 1, calls.Load())
+	require.EqualValues(t, 2, asked.Load(), "it came back, and was called for then")
+}
+
 func TestModuleShowsItsLimit(t *testing.T) {
 	reader := sdkmetric.NewManualReader()
 	deps := quietDeps()

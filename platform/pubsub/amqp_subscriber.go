@@ -193,7 +193,8 @@ func (s *amqpSource) receive(msg *message.Message) delivery {
 	number, _ := strconv.Atoi(msg.Metadata.Get(keyDelivery))
 	delete(msg.Metadata, keyDelivery)
 	delete(msg.Metadata, wamqp.MetadataRedeliveredKey)
-	d := delivery{msg: msg, number: number, settled: msg.Context().Done()}
+	settled := msg.Context().Done()
+	d := delivery{msg: msg, number: number, settled: settled, lost: func() bool { return isClosed(settled) }}
 	msg.SetContext(s.ctx)
 	return d
 }

@@ -144,6 +144,22 @@ func durable(t *testing.T, broker durableBroker) {
 		require.EqualValues(t, messages, total.Load(), "a message came twice")
 	})
 
+	t.Run("tells a consumer that its message goes to somebody else", func(t *testing.T) {
+		cfg, direct, proxy := proxied(t)
+		p := open(t, cfg, topology)
+		publishMany(t, p, "topic", 1)
+		msg := receive(t, subscribe(t, p.Subscriber("g", 1), "topic"))
+		require.False(t, pubsub.Lost(msg))
+		proxy.Stop()
+		require.Eventually(t, func() bool { return pubsub.Lost(msg) }, patience, 10*time.Millisecond)
+		other := open(t, direct, topology)
+		again := receive(t, subscribe(t, other.Subscriber("g", 1), "topic"))
+		require.Equal(t, msg.UUID, again.UUID)
+		require.False(t, pubsub.Lost(again))
+		again.Ack()
+		msg.Ack() // too late, and no harm
+	})
+
 	t.Run("gives what a dead process had to another one, and marks it", func(t *testing.T) {
 		cfg, direct, proxy := proxied(t)
 		dead := open(t, cfg, topology)

@@ -181,7 +181,14 @@ func (s *sqlSource) receive(msg *message.Message) delivery {
 	defer s.mu.Unlock()
 	h := s.held[msg]
 	h.state = stateOut
-	return delivery{msg: msg, number: h.attempt}
+	return delivery{msg: msg, number: h.attempt, lost: s.lost}
+}
+
+// lost reports whether the leases may have run out.
+func (s *sqlSource) lost() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return time.Since(s.beaten) > lease
 }
 
 // ack does not wait for the database: the row is deleted soon. Should we crash

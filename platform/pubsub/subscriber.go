@@ -31,6 +31,20 @@ func Redelivered(msg *message.Message) bool {
 	return msg.Metadata.Get(keyRedelivered) != ""
 }
 
+// lostKey is the key of a context's value that tells whether the broker has
+// given the message to somebody else.
+type lostKey struct{}
+
+// Lost reports whether the broker no longer counts on this consumer: the
+// connection that the message came by is gone, or its lease has run out, and
+// another delivery of it is on its way. To begin with it now would mean to do
+// it twice. It holds for messages that a Subscriber handed out, until they are
+// acked or nacked.
+func Lost(msg *message.Message) bool {
+	lost, ok := msg.Context().Value(lostKey{}).(func() bool)
+	return ok && lost()
+}
+
 // Subscriber is a message.Subscriber that bounds how many messages are with its
 // consumer, and that can be drained. It is safe for concurrent use.
 //
@@ -88,6 +102,7 @@ type delivery struct {
 	number int              // 1 for the first delivery of the message
 
 	settled <-chan struct{} // the source's own
+	lost    func() bool     // see Lost; nil where that cannot be
 }
 
 // Subscribe implements message.Subscriber. The returned channel is closed when
@@ -255,6 +270,9 @@ func (s *Subscriber) handOut(ctx context.Context, sub *subscription, msg *messag
 	handed := message.NewMessage(msg.UUID, msg.Payload)
 	handed.Metadata = msg.Metadata
 	handed.SetContext(msg.Context())
+	if d.lost != nil {
+		handed.SetContext(context.WithValue(msg.Context(), lostKey{}, d.lost))
+	}
 	delete(handed.Metadata, keyRedelivered)
 	if d.number > 1 {
 		handed.Metadata.Set(keyRedelivered, "true")
