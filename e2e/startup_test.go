@@ -152,7 +152,7 @@ func TestAWrongConfigurationIsRefusedWithEveryFault(t *testing.T) {
 		"intake.max_body: must be at least 1B",
 		"log.level: must be debug, info, warn or error, is \"loud\" (flag --log-level)",
 		"http.read_timeout: must be at least http.read_header_timeout",
-		"pubsub.backend: must be one of gochannel",
+		"pubsub.backend: must be one of amqp, gochannel, sql",
 		file + ":2", "(environment variable SLUICE_DISPATCH_CONCURRENCY)",
 	} {
 		require.Contains(t, stderr, says)
