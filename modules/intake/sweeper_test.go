@@ -33,7 +33,7 @@ func (q *queue) Publish(_ string, msgs ...*message.Message) error {
 	q.mu.Lock()
 	slow := q.slow
 	q.mu.Unlock()
-	time.Sleep(slow) //nolint:forbidigo // the clock of the test's bubble
+	<-time.After(slow) // by the clock of the test's bubble
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	var err error
@@ -113,7 +113,7 @@ func sweeping(t *testing.T, test func(t *testing.T, m *Module, q *queue)) {
 }
 
 func pass(d time.Duration) {
-	time.Sleep(d) //nolint:forbidigo // the clock of the test's bubble
+	<-time.After(d) // by the clock of the test's bubble
 	synctest.Wait()
 }
 

@@ -387,7 +387,7 @@ func TestSQLOutage(t *testing.T) {
 	t.Parallel() // it waits for a lease to end
 	cfg := sqlConfig(t)
 	table := func() string { return sqlTable(t, cfg, "topic", "g") }
-	log := new(sqlLog)
+	log := new(logBuffer)
 	p, err := pubsub.Open(t.Context(), cfg, sqlTopology, slog.New(slog.NewTextHandler(log, nil)))
 	require.NoError(t, err)
 	out := subscribe(t, p.Subscriber("g", 4), "topic")
@@ -436,24 +436,6 @@ func requireNotReceived(t *testing.T, out <-chan *message.Message, end <-chan ti
 		require.FailNow(t, "a message was handed out", "%v", msg)
 	case <-end:
 	}
-}
-
-// sqlLog is a log that can be read while it is written.
-type sqlLog struct {
-	mu   sync.Mutex
-	text strings.Builder
-}
-
-func (l *sqlLog) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *sqlLog) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
 }
 
 // What was claimed and not handed out was not delivered.
