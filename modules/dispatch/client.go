@@ -73,7 +73,7 @@ type Client struct {
 	timeout     time.Duration
 	maxResponse int64
 
-	transport  *http.Transport
+	transport  transport
 	tracer     trace.Tracer
 	span       []trace.SpanStartOption // of every call
 	propagator propagation.TextMapPropagator
@@ -103,7 +103,6 @@ func NewClient(cfg BackendConfig, dispatch Config, deps Deps) (*Client, error) {
 		address:     address(u),
 		timeout:     cfg.Timeout,
 		maxResponse: int64(dispatch.MaxResponse),
-		transport:   newTransport(cfg.Timeout, dispatch.Concurrency+directRoom),
 		tracer:      deps.TracerProvider.Tracer(scope),
 		span:        spanOptions(u),
 		propagator:  deps.Propagator,
@@ -113,10 +112,33 @@ func NewClient(cfg BackendConfig, dispatch Config, deps Deps) (*Client, error) {
 	u.User = nil
 	u.Fragment, u.RawFragment = "", ""
 	c.url = u
+	c.transport = newTransport(u, c.host, cfg.Timeout, dispatch.Concurrency+directRoom)
 	return c, nil
 }
 
-func newTransport(timeout time.Duration, idle int) *http.Transport {
+// transport is what carries a request to the backend.
+type transport interface {
+	http.RoundTripper
+	CloseIdleConnections()
+}
+
+// newTransport returns net/http's or, where it can do the same for less, ours.
+func newTransport(u *url.URL, host string, timeout time.Duration, idle int) transport {
+	all := newHTTPTransport(timeout, idle)
+	proxy, err := http.ProxyFromEnvironment(&http.Request{URL: u})
+	if !canGoDirect || u.Scheme != "http" || proxy != nil || err != nil || !isPlainHost(u.Host) || !isPlainHost(host) {
+		return all // which has its own way with a proxy that is no URL
+	}
+	return &direct{others: all, address: address(u), most: idle}
+}
+
+// isPlainHost reports whether a host, with or without a port, is sent the way it
+// is written. Others have letters beyond ASCII or a zone.
+func isPlainHost(host string) bool {
+	return !strings.ContainsFunc(host, func(r rune) bool { return r <= ' ' || r >= 0x7f || r == '%' })
+}
+
+func newHTTPTransport(timeout time.Duration, idle int) *http.Transport {
 	// A dial outlives the attempt that began it, so it has a limit of its own.
 	dialer := &net.Dialer{Timeout: timeout, KeepAlive: 30 * time.Second}
 	return &http.Transport{
@@ -287,7 +309,11 @@ func (c *Client) request(ctx context.Context, order contract.Submitted) *http.Re
 
 // quoted writes a string of structured fields (RFC 9651 section 3.3.3).
 func quoted(s string) string {
-	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(headerSafe(s)) + `"`
+	safe := headerSafe(s)
+	if strings.ContainsAny(safe, `\"`) {
+		safe = strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(safe)
+	}
+	return `"` + safe + `"`
 }
 
 // headerSafe percent-encodes the bytes that a header field cannot carry

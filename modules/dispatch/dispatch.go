@@ -174,13 +174,20 @@ func (m *Module) handle(msg *message.Message) ([]*message.Message, error) {
 }
 
 func (m *Module) log(ctx context.Context, o contract.Outcome) {
+	level := slog.LevelDebug
+	if o.Type == contract.TypeRejected {
+		level = slog.LevelInfo
+	}
+	if !m.logger.Enabled(ctx, level) {
+		return // or the attributes are made for nothing
+	}
 	switch o.Type {
 	case contract.TypeRejected:
-		m.logger.LogAttrs(ctx, slog.LevelInfo, "order rejected", attrs(ctx, o)...)
+		m.logger.LogAttrs(ctx, level, "order rejected", attrs(ctx, o)...)
 	case contract.TypeAttemptFailed:
-		m.logger.LogAttrs(ctx, slog.LevelDebug, "attempt failed", attrs(ctx, o)...)
+		m.logger.LogAttrs(ctx, level, "attempt failed", attrs(ctx, o)...)
 	default:
-		m.logger.LogAttrs(ctx, slog.LevelDebug, "order saved", attrs(ctx, o)...)
+		m.logger.LogAttrs(ctx, level, "order saved", attrs(ctx, o)...)
 	}
 }
 

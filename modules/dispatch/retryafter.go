@@ -21,6 +21,9 @@ var httpDates = []string{http.TimeFormat, "Monday, 02-Jan-06 15:04:05 GMT", time
 // way that can be read. A date is measured against the answer's own Date where
 // there is one, so that a backend whose clock is wrong gets the pause it meant.
 func retryAfter(answer http.Header, now time.Time) time.Duration {
+	if answer.Get("Retry-After") == "" {
+		return 0
+	}
 	if date, ok := parseHTTPDate(answer.Get("Date"), now); ok {
 		now = date
 	}
