@@ -72,7 +72,7 @@ func TestNamesOfKeysAreDerivedAndUnique(t *testing.T) {
 	for _, key := range config.Keys() {
 		require.Equal(t, "SLUICE_"+strings.ToUpper(strings.ReplaceAll(key.Name, ".", "_")), key.Env)
 		require.Equal(t, strings.NewReplacer(".", "-", "_", "-").Replace(key.Name), key.Flag)
-		require.Contains(t, []string{"string", "int", "duration", "size", "map"}, key.Type, "%s has a type that Load cannot read", key.Name)
+		require.Contains(t, []string{"string", "int", "duration", "size", "map", "list"}, key.Type, "%s has a type that Load cannot read", key.Name)
 		for _, name := range []string{key.Name, key.Env, key.Flag} {
 			require.False(t, seen[name], "%s stands for two things", name)
 			seen[name] = true
@@ -87,7 +87,7 @@ func TestTheKeysOfTheContractExist(t *testing.T) {
 		defaults[key.Name] = key.Default
 	}
 	for name, value := range map[string]string{
-		"http.addr": ":8080", "http.admin_addr": "127.0.0.1:8081", "http.tls_cert": "", "http.tls_key": "", "http.shutdown_timeout": "30s",
+		"http.addr": ":8080", "http.admin_addr": "127.0.0.1:8081", "http.tls_cert": "", "http.tls_key": "", "http.api_keys": "", "http.shutdown_timeout": "30s",
 		"store.driver": "sqlite", "store.dsn": "data/sluice.db", "store.retention": "720h",
 		"pubsub.backend": "gochannel", "pubsub.gochannel.window": "10000",
 		"pubsub.sql.dsn": "", "pubsub.sql.prefix": "sluice", "pubsub.sql.timeout": "10s",
@@ -116,6 +116,10 @@ func TestWhatIsPrintedCanBeLoadedAgain(t *testing.T) {
 				flags[key.Name] = time.Duration(rapid.Int64Range(int64(time.Minute), math.MaxInt64).Draw(t, key.Name)).String()
 			case key.Name == "intake.max_body":
 				flags[key.Name] = units.Base2Bytes(rapid.Int64Range(1, 1<<50).Draw(t, key.Name)).String()
+			case key.Name == "http.rate_limit":
+				flags[key.Name] = fmt.Sprint(rapid.IntRange(0, 1000).Draw(t, key.Name))
+			case key.Name == "http.rate_burst":
+				flags[key.Name] = fmt.Sprint(rapid.IntRange(1000, 1e9).Draw(t, key.Name))
 			case key.Type == "int":
 				flags[key.Name] = fmt.Sprint(rapid.IntRange(1, math.MaxInt).Draw(t, key.Name))
 			}
@@ -141,12 +145,15 @@ func TestSecretsAreNotPrinted(t *testing.T) {
 		"backend.url":     "https://sluice:hunter2@backend.example/orders?a=b@c",
 		"store.dsn":       "file:x.db?password=hunter2&mode=rw",
 		"pubsub.amqp.url": "amqps://sluice:hunter2@rabbit.example/orders",
+		"http.api_keys":   "shop:" + strings.Repeat("0b", 32) + ",pos:" + strings.Repeat("0c", 32),
 	})
 	require.NoError(t, err)
 	text, err := cfg.YAML()
 	require.NoError(t, err)
 	require.NotContains(t, string(text), "hunter2")
+	require.NotContains(t, string(text), "0b0b")
 	for _, shown := range []string{
+		"api_keys:\n    - shop:<secret>\n    - pos:<secret>\n",
 		"Authorization: <secret>\n", "X-Tenant: <secret>\n",
 		"url: https://sluice:<secret>@backend.example/orders?a=b@c\n",
 		"dsn: file:x.db?password=<secret>&mode=rw\n",

@@ -32,7 +32,7 @@ type Key struct {
 	Name        string // "dispatch.concurrency", as in the file
 	Env         string // "SLUICE_DISPATCH_CONCURRENCY"
 	Flag        string // "dispatch-concurrency", without the dashes in front
-	Type        string // string, int, duration, size or map
+	Type        string // string, int, duration, size, map or list
 	Default     string // as it is written in the environment
 	Description string // one or more sentences
 
@@ -127,9 +127,11 @@ func typeName(value any) string {
 		return "duration"
 	case units.Base2Bytes:
 		return "size"
-	default:
-		return reflect.TypeOf(value).Kind().String()
 	}
+	if kind := reflect.TypeOf(value).Kind(); kind != reflect.Slice {
+		return kind.String()
+	}
+	return "list"
 }
 
 // format writes a value as parse reads it.
@@ -144,6 +146,8 @@ func format(value any) string {
 			pairs = append(pairs, name+":"+redacted[name])
 		}
 		return strings.Join(pairs, ",")
+	case listRedacter:
+		return strings.Join(v.Redacted(), ",")
 	default:
 		return fmt.Sprint(v)
 	}
@@ -185,6 +189,9 @@ func parse(text string, typ reflect.Type) (any, error) {
 		}
 		return size, nil
 	default:
+		if typ.Kind() == reflect.Slice {
+			return convertList(splitList(text), typ)
+		}
 		pairs, err := parsePairs(text)
 		if err != nil {
 			return nil, err
@@ -221,4 +228,24 @@ func convert(pairs map[string]string, typ reflect.Type) (any, error) {
 		return nil, errors.New("takes one value, not several names with values")
 	}
 	return reflect.ValueOf(pairs).Convert(typ).Interface(), nil
+}
+
+// splitList reads "one,other".
+func splitList(text string) []string {
+	if strings.TrimSpace(text) == "" {
+		return nil
+	}
+	items := strings.Split(text, ",")
+	for i := range items {
+		items[i] = strings.TrimSpace(items[i])
+	}
+	return items
+}
+
+// convertList gives a list the type that the configuration has for it.
+func convertList(items []string, typ reflect.Type) (any, error) {
+	if typ.Kind() != reflect.Slice {
+		return nil, errors.New("does not take a list")
+	}
+	return reflect.ValueOf(items).Convert(typ).Interface(), nil
 }

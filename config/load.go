@@ -155,8 +155,20 @@ func (l *loader) readValue(file, name, origin string, value *yaml.Node) {
 	case value.Kind == yaml.MappingNode:
 		l.readPairs(file, key, origin, value)
 	default:
-		l.fault(name, origin, "does not take a list")
+		l.readList(file, key, origin, value)
 	}
+}
+
+func (l *loader) readList(file string, key Key, origin string, sequence *yaml.Node) {
+	var items []string
+	for i, item := range sequence.Content {
+		if item = dereference(item); item.Kind != yaml.ScalarNode || item.Tag == "!!null" {
+			l.fault(key.Name, at(file, item), "entry %d is not one value", i+1)
+		}
+		items = append(items, item.Value)
+	}
+	value, err := convertList(items, key.typ)
+	l.store(key, origin, value, err)
 }
 
 func (l *loader) readPairs(file string, key Key, origin string, mapping *yaml.Node) {

@@ -4,6 +4,7 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 
 	"sluice/config"
 	"sluice/modules/dispatch"
+	"sluice/platform/httpserver"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -62,9 +64,16 @@ func TestEveryTypeOfValueIsReadFromEverySource(t *testing.T) {
 	want.Intake.MaxBacklog = 7
 	want.Intake.OrderNumberPointer = ""
 	want.Backend.Headers = dispatch.Headers{"Authorization": "Bearer a:b", "X-Tenant": "t"}
+	shop, pos := "shop:"+strings.Repeat("0b", 32), "pos:"+strings.Repeat("0C", 32)
+	want.HTTP.APIKeys = httpserver.APIKeys{shop, pos}
 
 	cfg, err := config.Load(write(t, `
-http: {addr: ":0", read_timeout: 1m30s}
+http:
+  addr: ":0"
+  read_timeout: 1m30s
+  api_keys:
+    - `+shop+`
+    - `+pos+`
 intake: {max_body: 1.5MiB, max_backlog: 7, order_number_pointer: ""}
 backend:
   headers:
@@ -77,6 +86,7 @@ backend:
 	cfg, err = config.Load("", []string{
 		"SLUICE_HTTP_ADDR=:0", "SLUICE_HTTP_READ_TIMEOUT=1m30s", "SLUICE_INTAKE_MAX_BODY=1.5MiB", "SLUICE_INTAKE_MAX_BACKLOG=7",
 		"SLUICE_INTAKE_ORDER_NUMBER_POINTER=", "SLUICE_BACKEND_HEADERS=Authorization: Bearer a:b, X-Tenant: t",
+		"SLUICE_HTTP_API_KEYS=" + shop + ", " + pos,
 	}, nil)
 	require.NoError(t, err)
 	require.Equal(t, want, cfg)
@@ -84,6 +94,7 @@ backend:
 	cfg, err = config.Load("", nil, map[string]string{
 		"http.addr": ":0", "http.read_timeout": "1m30s", "intake.max_body": "1.5MiB", "intake.max_backlog": "7",
 		"intake.order_number_pointer": "", "backend.headers": "Authorization: Bearer a:b, X-Tenant: t",
+		"http.api_keys": shop + "," + pos,
 	})
 	require.NoError(t, err)
 	require.Equal(t, want, cfg)
@@ -138,6 +149,14 @@ func TestFaultsAreToldAllAtOnce(t *testing.T) {
 			file:    "testdata/values.yaml",
 			environ: []string{"SLUICE_BACKEND_TIMEOUT=-1s", "SLUICE_BACKEND_URL=ftp://user:password@host"},
 			flags:   map[string]string{"pubsub.backend": "kafka"},
+		},
+		{
+			name: "keys",
+			file: "testdata/keys.yaml",
+		},
+		{
+			name:    "keys-variable",
+			environ: []string{"SLUICE_HTTP_API_KEYS=my-secret-key,,shop:my-secret-key,", "SLUICE_HTTP_RATE_LIMIT=-1", "SLUICE_HTTP_RATE_BURST=2000000000"},
 		},
 		{name: "syntax", file: "testdata/syntax.yaml"},
 		{name: "list", file: "testdata/list.yaml"},

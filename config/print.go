@@ -18,9 +18,13 @@ const secret = "<secret>"
 // nothing that must not be shown.
 type redacter interface{ Redacted() map[string]string }
 
+// listRedacter is a list with secrets in it, likewise.
+type listRedacter interface{ Redacted() []string }
+
 // YAML returns the configuration as a file that Load reads, with <secret> in
-// place of the values of headers and of passwords in URLs and DSNs. (A URL that
-// lost its password so is refused when it is loaded: it has to be put back.)
+// place of the values of headers, of the hashes of API keys, and of passwords in
+// URLs and DSNs. (A URL or a key that lost its secret so is refused when it is
+// loaded: it has to be put back.)
 func (c Config) YAML() ([]byte, error) {
 	root := &yaml.Node{Kind: yaml.MappingNode}
 	for name, field := range fields(&c) {
@@ -65,6 +69,12 @@ func valueNode(value any) *yaml.Node {
 			appendEntry(mapping, name, textNode(pairs[name]))
 		}
 		return mapping
+	case listRedacter:
+		sequence := &yaml.Node{Kind: yaml.SequenceNode}
+		for _, item := range v.Redacted() {
+			sequence.Content = append(sequence.Content, textNode(item))
+		}
+		return sequence
 	default:
 		return &yaml.Node{Kind: yaml.ScalarNode, Value: format(value)}
 	}

@@ -69,6 +69,31 @@ func TestValidate(t *testing.T) {
 			func(c *httpserver.Config) { c.TLSCert, c.TLSKey = cert, otherKey },
 			[]string{"http.tls_key: " + otherKey + ": tls: private key does not match public key"},
 		},
+		"keys, some of one name": {
+			func(c *httpserver.Config) {
+				c.APIKeys = httpserver.APIKeys{entry("shop", "a"), entry("shop", "b"), "pos:" + strings.ToUpper(entry("", "c")[1:])}
+				c.RateLimit, c.RateBurst = 100, 100
+			},
+			nil,
+		},
+		"bad keys and rates": {
+			func(c *httpserver.Config) {
+				c.APIKeys = httpserver.APIKeys{"", entry("shop", "a"), entry("pos", "a"), "shop:secret", entry("shop", "")}
+				c.RateLimit, c.RateBurst = -1, 1_000_000_001
+			},
+			[]string{
+				"http.api_keys: entry 1: must be name:sha256hex, with the 64 hex digits of the key's SHA-256 behind the colon",
+				"http.api_keys: entry 3 (pos): has the same key as entry 2",
+				"http.api_keys: entry 4 (shop): must be name:sha256hex",
+				"http.api_keys: entry 5 (shop): is the SHA-256 of an empty key",
+				"http.rate_limit: must be 0 to 1000000000, is -1",
+				"http.rate_burst: must be 0 to 1000000000, is 1000000001",
+			},
+		},
+		"a burst below the rate": {
+			func(c *httpserver.Config) { c.RateLimit, c.RateBurst = 100, 99 },
+			[]string{"http.rate_burst: must be at least http.rate_limit (100), or 0 for as many, is 99"},
+		},
 		"all limits at once": {
 			func(c *httpserver.Config) {
 				c.ReadHeaderTimeout, c.ReadTimeout, c.WriteTimeout, c.IdleTimeout, c.ShutdownTimeout = 0, 0, 0, -time.Second, 0

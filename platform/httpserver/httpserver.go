@@ -1,10 +1,12 @@
 // Package httpserver is how Sluice listens: a server that binds at once, stops
 // gracefully and gives slow clients a limit; errors as problem documents
 // (RFC 9457), those of the router and of a panic included; and the admin
-// routes that an orchestrator and an operator ask for.
+// routes that an orchestrator and an operator ask for. It also says who may
+// come in, by API key, and how often.
 //
 // It knows no module. Routes are registered on an [http.ServeMux] by whoever
-// owns them, [Handler] turns the mux into what is served, [Listen] serves it.
+// owns them, [Handler] turns the mux into what is served, [Admission] stands
+// before that, [Listen] serves it.
 // It is not a web framework: handlers are plain net/http handlers.
 package httpserver
 
@@ -32,10 +34,24 @@ type Config struct {
 	// admin API, all without authentication. Default "127.0.0.1:8081".
 	AdminAddr string `koanf:"admin_addr"`
 
-	// TLSCert and TLSKey are PEM files; with both set, clients connect by TLS.
-	// The admin listener is always plain. Default: none.
+	// TLSCert and TLSKey are PEM files; with both set, clients connect by TLS,
+	// and files that change are read again. The admin listener is always plain.
+	// Default: none.
 	TLSCert string `koanf:"tls_cert"`
 	TLSKey  string `koanf:"tls_key"`
+
+	// APIKeys are the keys that clients may use. Without any, everybody is let
+	// in. They guard the handlers behind Admission. Default: none.
+	APIKeys APIKeys `koanf:"api_keys"`
+
+	// RateLimit is how many orders per second each client may send, by the name
+	// of its key; without keys, all clients together. It counts what reaches
+	// this process. 0 means no limit. Default 0.
+	RateLimit int `koanf:"rate_limit"`
+
+	// RateBurst is how many orders a client may send at once after a pause, at
+	// least RateLimit. 0 means the same as RateLimit. Default 0.
+	RateBurst int `koanf:"rate_burst"`
 
 	// ReadHeaderTimeout bounds the reading of a request's header. Default 5s.
 	ReadHeaderTimeout time.Duration `koanf:"read_header_timeout"`
@@ -109,6 +125,20 @@ func (c Config) Validate() error {
 		fault("http.tls_cert: is missing, http.tls_key is set")
 	}
 
+	_, bad := c.APIKeys.parse()
+	faults = append(faults, bad...)
+	for _, n := range []struct {
+		key   string
+		value int
+	}{{"http.rate_limit", c.RateLimit}, {"http.rate_burst", c.RateBurst}} {
+		if n.value < 0 || n.value > maxRate {
+			fault("%s: must be 0 to %d, is %d", n.key, maxRate, n.value)
+		}
+	}
+	if c.RateBurst > 0 && c.RateBurst < c.RateLimit {
+		fault("http.rate_burst: must be at least http.rate_limit (%d), or 0 for as many, is %d", c.RateLimit, c.RateBurst)
+	}
+
 	for _, d := range []struct {
 		key   string
 		value time.Duration
@@ -134,6 +164,9 @@ func (c Config) Validate() error {
 	}
 	return errors.Join(faults...)
 }
+
+// maxRate is far more than this process can do, and fits into every number.
+const maxRate = 1_000_000_000
 
 const (
 	keyAddr      = "http.addr"

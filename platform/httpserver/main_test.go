@@ -9,6 +9,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
 	"io"
@@ -174,27 +175,54 @@ func waitFor(t *testing.T, signal <-chan struct{}, what string) {
 	}
 }
 
-// keyPair writes a certificate for 127.0.0.1 and its key.
+// keyPair writes a certificate for 127.0.0.1 and its key. roots is the authority
+// that vouches for it.
 func keyPair(t *testing.T) (certFile, keyFile string, roots *x509.CertPool) {
+	t.Helper()
+	ca := newAuthority(t)
+	certPEM, keyPEM := ca.issue(t, 1)
+	return file(t, "cert.pem", certPEM), file(t, "key.pem", keyPEM), ca.roots
+}
+
+// authority issues certificates.
+type authority struct {
+	cert  *x509.Certificate
+	key   *ecdsa.PrivateKey
+	roots *x509.CertPool // that trust it
+}
+
+func newAuthority(t *testing.T) *authority {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	require.NoError(t, err)
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1),
-		NotBefore:    time.Now().Add(-time.Hour),
-		NotAfter:     time.Now().Add(time.Hour),
-		IPAddresses:  []net.IP{net.IPv4(127, 0, 0, 1)},
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "a test's authority"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	require.NoError(t, err)
+	cert, err := x509.ParseCertificate(der)
+	require.NoError(t, err)
+	ca := &authority{cert: cert, key: key, roots: x509.NewCertPool()}
+	ca.roots.AddCert(cert)
+	return ca
+}
+
+// issue makes a certificate for 127.0.0.1 with that serial number, and its key.
+func (ca *authority) issue(t *testing.T, serial int64) (certPEM, keyPEM []byte) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(serial), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, ca.cert, key.Public(), ca.key)
+	require.NoError(t, err)
 	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
 	require.NoError(t, err)
-
-	certPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	keyPEM := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})
-	roots = x509.NewCertPool()
-	require.True(t, roots.AppendCertsFromPEM(certPEM))
-	return file(t, "cert.pem", certPEM), file(t, "key.pem", keyPEM), roots
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})
 }
 
 func file(t *testing.T, name string, data []byte) string {

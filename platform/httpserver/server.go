@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 )
 
 // Server is one listener and what it serves. Its methods are safe for
@@ -23,6 +24,8 @@ type Server struct {
 	listener net.Listener
 	server   *http.Server
 	logger   *slog.Logger
+
+	readTimeout, writeTimeout time.Duration // of a Duplex, and of a stream of HTTP/2
 
 	inFlight atomic.Int64
 
@@ -39,17 +42,18 @@ type serverKey struct{}
 // Listen binds addr at once, so that a port in use fails the start with one
 // clear line; connections wait in the kernel until Serve. The name stands in
 // logs: "public" is the clients' door, and the only one that speaks TLS and
-// HTTP/2 when cfg has a certificate; "admin" is the operators'. The chosen
+// HTTP/2 when cfg has a certificate (files that change are read again, see
+// Config); "admin" is the operators'. The chosen
 // address is logged. The server owns the port until Shutdown, whether Serve was
 // called or not.
 func Listen(name, addr string, cfg Config, h http.Handler, logger *slog.Logger) (*Server, error) {
 	var tlsConfig *tls.Config
 	if name == "public" && cfg.TLSCert != "" {
-		pair, err := tls.LoadX509KeyPair(cfg.TLSCert, cfg.TLSKey)
+		shown, err := openCertificate(cfg.TLSCert, cfg.TLSKey, logger)
 		if err != nil {
-			return nil, fmt.Errorf("load http.tls_cert and http.tls_key: %w", err)
+			return nil, err
 		}
-		tlsConfig = &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
+		tlsConfig = &tls.Config{GetCertificate: shown.get, MinVersion: tls.VersionTLS12}
 	}
 
 	// net.Listen turns TCP keep-alive on, so that connections whose client
@@ -68,7 +72,10 @@ func Listen(name, addr string, cfg Config, h http.Handler, logger *slog.Logger) 
 		listener = newLimitListener(tcp, limit, cfg.WriteTimeout)
 	}
 
-	s := &Server{name: name, listener: listener, logger: logger, draining: make(chan struct{})}
+	s := &Server{
+		name: name, listener: listener, logger: logger, draining: make(chan struct{}),
+		readTimeout: cfg.ReadTimeout, writeTimeout: cfg.WriteTimeout,
+	}
 	// Requests outlive the signal that starts the shutdown, so their contexts
 	// have no parent; Shutdown ends them when its time is over.
 	base, cancel := context.WithCancel(context.WithValue(context.Background(), serverKey{}, s))
@@ -142,6 +149,11 @@ func (s *Server) count(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.inFlight.Add(1)
 		defer s.inFlight.Add(-1)
+		if r.ProtoMajor == 2 {
+			stream := newStreamWriter(w, s.writeTimeout)
+			defer stream.arm() // the last of the answer goes out after this
+			w = stream
+		}
 		h.ServeHTTP(w, r)
 	})
 }

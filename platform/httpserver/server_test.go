@@ -40,7 +40,7 @@ func TestListenErrorsAreOneClearLine(t *testing.T) {
 	cfg := httpserver.DefaultConfig()
 	cfg.TLSCert = filepath.Join(t.TempDir(), "none.pem")
 	_, err = httpserver.Listen("public", "127.0.0.1:0", cfg, http.NotFoundHandler(), quiet())
-	require.ErrorContains(t, err, "load http.tls_cert and http.tls_key: open ")
+	require.ErrorContains(t, err, "load http.tls_cert and http.tls_key: stat ")
 }
 
 func TestChosenPortIsLogged(t *testing.T) {
