@@ -17,7 +17,7 @@ func configCommand() *cobra.Command {
 		Use:   "config",
 		Short: "Print the effective configuration, secrets hidden",
 		Long: "Config prints what the file, the environment and the flags come to, as a file that can be loaded again.\n" +
-			"Passwords and the values of headers show as <secret>.",
+			"Passwords, the values of headers and the hashes of API keys show as <secret>.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if keys {

@@ -76,6 +76,7 @@ func newRootCommand(stdout, stderr io.Writer) *cobra.Command {
 		devCommand(),
 		backendCommand(),
 		readyCommand(),
+		keyCommand(),
 		configCommand(),
 		versionCommand(),
 	)

@@ -69,8 +69,8 @@ func ordersInFlight(concurrency int) int { return concurrency + max(64, concurre
 
 // window is how many orders the relay keeps published and unfinished where the
 // broker sets a limit: no more than that, and no more than keeps dispatch busy
-// until the relay comes round again. Each one in Go channels has two goroutines,
-// which the garbage collector looks through every time.
+// until the relay comes round again. Those in Go channels are in memory, which
+// the garbage collector looks through every time.
 func window(limit, inFlight int) int {
 	if limit == 0 {
 		return 0
@@ -96,6 +96,9 @@ func silence(concurrency int, attempt time.Duration) time.Duration {
 	rounds := (ordersInFlight(concurrency)*5/4+concurrency-1)/concurrency + 1
 	return time.Duration(rounds)*attempt + 20*time.Second
 }
+
+// openPages are what clients read without an API key: the documentation.
+var openPages = []string{"/problems/", "/openapi.yaml", "/docs", "/docs/"}
 
 // adminStopTimeout bounds what a stopping process waits for operators, who may
 // be in the middle of a long profile.
@@ -148,6 +151,13 @@ func serve(ctx context.Context, cfg config.Config, modules []string, logger *slo
 
 	health := httpserver.NewHealth()
 	mux, adminMux := http.NewServeMux(), httpserver.Admin(health, tel.Metrics, logger)
+	// The types of problems are relative: they lead to where the problem came from.
+	problems, err := httpserver.ProblemPages(intake.ProblemTypes())
+	if err != nil {
+		return err
+	}
+	mux.Handle("GET /problems/{name}", problems)
+	adminMux.Handle("GET /problems/{name}", problems)
 	// The admin address answers from here on ("starting"), and longest.
 	admin, err := httpserver.Listen("admin", cfg.HTTP.AdminAddr, cfg.HTTP, httpserver.Handler(adminMux, logger), logger)
 	if err != nil {
@@ -237,7 +247,11 @@ func serve(ctx context.Context, cfg config.Config, modules []string, logger *slo
 	var public *httpserver.Server
 	publicAddr := ""
 	if withIntake {
-		if public, err = httpserver.Listen("public", cfg.HTTP.Addr, cfg.HTTP, httpserver.Handler(mux, logger), logger); err != nil {
+		admitted, err := httpserver.Admission(cfg.HTTP, tel.MeterProvider.Meter("sluice/platform/httpserver"), httpserver.Pages(openPages...), httpserver.Handler(mux, logger))
+		if err != nil {
+			return fmt.Errorf("set up the public server: %w", err)
+		}
+		if public, err = httpserver.Listen("public", cfg.HTTP.Addr, cfg.HTTP, admitted, logger); err != nil {
 			return err
 		}
 		publicAddr = public.Addr()
@@ -312,7 +326,8 @@ func serve(ctx context.Context, cfg config.Config, modules []string, logger *slo
 	health.SetReady()
 	started = true
 	logger.Info("ready", "version", buildVersion(), "modules", modules, "addr", publicAddr, "admin_addr", admin.Addr(), "broker", bus.Name(),
-		"store", cfg.Store.Driver, "backend", redacted(cfg.Backend.URL), "concurrency", cfg.Dispatch.Concurrency)
+		"store", cfg.Store.Driver, "backend", redacted(cfg.Backend.URL), "concurrency", cfg.Dispatch.Concurrency,
+		"clients", cfg.HTTP.APIKeys.Names())
 	if ready != nil {
 		ready(publicAddr, admin.Addr())
 	}
@@ -396,15 +411,15 @@ func redacted(text string) string {
 
 // paceCollector lets garbage pile up to four times what is in use, instead of
 // as much as is in use: little is, and every order is much garbage, so that the
-// collector would run many times a second for a few MiB. Near 512 MiB it becomes
-// thrifty again. GOGC and GOMEMLIMIT, if set, count and not this.
+// collector would run many times a second for a few MiB. With more in use it
+// becomes thriftier (collectorPace), most of all near 512 MiB. GOGC and GOMEMLIMIT, if set, count and not this.
 //
 // The store in memory is in use for good, however large, and gets no limit.
 func paceCollector(driver string) {
 	if os.Getenv("GOGC") != "" || os.Getenv("GOMEMLIMIT") != "" {
 		return
 	}
-	debug.SetGCPercent(400)
+	collectorPace()
 	if driver != intake.DriverMemory {
 		debug.SetMemoryLimit(512 << 20)
 	}

@@ -28,6 +28,7 @@ import (
 	"sluice/config"
 	"sluice/e2e/backend"
 	"sluice/modules/intake"
+	"sluice/platform/httpserver"
 	"sluice/platform/telemetry"
 )
 
@@ -489,6 +490,21 @@ func TestADirectOrderIsOneTraceToo(t *testing.T) {
 	sent, state := g.backendCall(t, "A-1")
 	require.Equal(t, traceparent(clientTrace, g.span(t, clientTrace, "POST", 1).SpanContext().SpanID().String(), "01"), sent)
 	require.Equal(t, "vendor=x", state)
+}
+
+func TestASpanSaysWhichClientAskedAndNothingSaysItsKey(t *testing.T) {
+	key, entry, err := httpserver.NewAPIKey("shop")
+	require.NoError(t, err)
+	g := serveTraced(t, func(cfg *config.Config, _ *telemetry.Telemetry) { cfg.HTTP.APIKeys = httpserver.APIKeys{entry} })
+	g.post(t, "A-1", "Traceparent", traceparent(clientTrace, clientSpan, "01"), "Authorization", "Bearer "+key)
+	g.stop()
+	require.Equal(t, "shop", attributesOf(g.span(t, clientTrace, "POST /orders", 1))["sluice.client"])
+	require.Contains(t, g.logs.String(), `"client":"shop"`)
+	for _, span := range g.recorder.Ended() {
+		require.NotContains(t, fmt.Sprint(attributesOf(span)), key)
+	}
+	require.NotContains(t, g.logs.String(), key)
+	require.NotContains(t, g.logs.String(), entry[len("shop:"):])
 }
 
 // Orders share the relay's turns, the transactions and the connections, but

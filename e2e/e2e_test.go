@@ -31,6 +31,11 @@ func TestMain(m *testing.M) {
 	if binaries.dir != "" {
 		_ = os.RemoveAll(binaries.dir) // a temporary directory
 	}
+	// Some tests live with requests that fail; no test lives with these.
+	if faults := contract.faults(); len(faults) > 0 {
+		fmt.Fprintf(os.Stderr, "answers that modules/intake/openapi.yaml does not know:\n%s\n", strings.Join(faults, "\n"))
+		code = 1
+	}
 	if code == 0 {
 		if err := goleak.Find(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -140,7 +145,9 @@ func (p *process) field(t testing.TB, message, name string) string {
 		for ; seen < len(lines); seen++ {
 			var line map[string]any
 			if json.Unmarshal([]byte(lines[seen]), &line) == nil && line["msg"] == message {
-				return fmt.Sprint(line[name])
+				value := fmt.Sprint(line[name])
+				contract.forget(value) // a port that a gateway had may be anybody's now
+				return value
 			}
 		}
 		select {
@@ -200,11 +207,9 @@ func (s settings) env() []string {
 func serve(t testing.TB, race bool, h home, more settings) *gateway {
 	t.Helper()
 	p := launchServe(t, race, h, more)
-	return &gateway{
-		process: p,
-		url:     "http://" + p.field(t, "ready", "addr"),
-		admin:   "http://" + p.field(t, "ready", "admin_addr"),
-	}
+	public, admin := p.field(t, "ready", "addr"), p.field(t, "ready", "admin_addr")
+	contract.watch(public, admin)
+	return &gateway{process: p, url: "http://" + public, admin: "http://" + admin}
 }
 
 // launchServe is serve without waiting, and with more arguments.
@@ -299,7 +304,7 @@ func (b *standIn) control(t testing.TB, knobs string) {
 // client keeps as many connections as the busiest test needs.
 var client = &http.Client{
 	Timeout:       60 * time.Second,
-	Transport:     &http.Transport{MaxIdleConns: 512, MaxIdleConnsPerHost: 512},
+	Transport:     checked{&http.Transport{MaxIdleConns: 512, MaxIdleConnsPerHost: 512}},
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 }
 
@@ -320,6 +325,8 @@ type order struct {
 	UpdatedAt     time.Time       `json:"updatedAt"`
 	FinishedAt    *time.Time      `json:"finishedAt"`
 	NextAttemptAt *time.Time      `json:"nextAttemptAt"`
+	QueuePosition *int64          `json:"queuePosition"`
+	Completion    *time.Time      `json:"estimatedCompletion"`
 	TraceID       string          `json:"traceId"`
 	Backend       *backendAnswer  `json:"backend"`
 	Problem       json.RawMessage `json:"problem"`

@@ -866,7 +866,9 @@ func TestWithAFullDiskNothingAcceptedIsLost(t *testing.T) {
 // wire is a connection of a client that speaks HTTP by hand.
 type wire struct {
 	net.Conn
-	in *bufio.Reader
+	in       *bufio.Reader
+	sent     string // by send, the beginning
+	answered bool   // at least once
 }
 
 // dial connects to the clients' address; the connection is closed after the
@@ -877,13 +879,14 @@ func (g *gateway) dial(t testing.TB) *wire {
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = conn.Close() }) // it may be closed
 	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-	return &wire{conn, bufio.NewReader(conn)}
+	return &wire{Conn: conn, in: bufio.NewReader(conn)}
 }
 
 // send writes text. A server that has seen enough may have hung up before the
 // end; what it says to the beginning is what counts.
 func (c *wire) send(t testing.TB, text string) {
 	t.Helper()
+	c.sent += text[:min(len(text), 64<<10)]
 	if _, err := io.WriteString(c, text); err != nil {
 		require.NotErrorIs(t, err, os.ErrDeadlineExceeded)
 	}
@@ -904,7 +907,12 @@ func (c *wire) answer() (answer, error) {
 	}
 	defer res.Body.Close()
 	text, err := io.ReadAll(res.Body)
-	return answer{res.StatusCode, res.Header, text}, err
+	a := answer{res.StatusCode, res.Header, text}
+	if err == nil && !c.answered {
+		c.answered = true
+		err = contract.checkRaw(c.sent, a)
+	}
+	return a, err
 }
 
 // remains waits until the server hangs up, and returns how many bytes came

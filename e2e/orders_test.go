@@ -261,6 +261,7 @@ func testPreferWait(t *testing.T, h home) {
 	require.Equal(t, "Prefer", a.header.Get("Vary"))
 	require.Equal(t, "saved", a.order(t).Status)
 	require.Empty(t, a.header.Get("Retry-After"))
+	require.JSONEq(t, string(do(t, http.MethodGet, g.url+a.header.Get("Location"), "", nil).body), string(a.body), "whoever waits gets the whole order")
 
 	b.control(t, `{"latency": "5s"}`)
 	started := time.Now()

@@ -249,7 +249,12 @@ func DecodeMarker(msg *message.Message) (Marker, error) {
 	return m, nil
 }
 
+// roomForMetadata is how many elements a message will have, those of its trace
+// and of a redelivery included, so that the map need not grow.
+const roomForMetadata = 16
+
 func stamp(msg *message.Message, typ, source, subject string, at time.Time) {
+	msg.Metadata = make(message.Metadata, roomForMetadata)
 	msg.Metadata.Set(keyID, msg.UUID)
 	msg.Metadata.Set(keyType, typ)
 	msg.Metadata.Set(keySource, source)

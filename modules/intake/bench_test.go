@@ -2,6 +2,7 @@ package intake
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -11,14 +12,17 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/google/uuid"
 	"github.com/stretchr/testify/require"
 	metricnoop "go.opentelemetry.io/otel/metric/noop"
 	"go.opentelemetry.io/otel/propagation"
@@ -46,8 +50,8 @@ func BenchmarkAccept(b *testing.B) {
 				for b.Loop() {
 					stored, forgotten := 0.0, 0.0
 					for range rounds {
-						stored = max(stored, acceptRate(b, driver, connections, orders))
-						forgotten = max(forgotten, acceptRate(b, "", connections, orders))
+						stored = max(stored, acceptRate(b, driver, load{connections: connections, orders: orders}))
+						forgotten = max(forgotten, acceptRate(b, "", load{connections: connections, orders: orders}))
 					}
 					b.ReportMetric(stored, "durable-202/s")
 					b.ReportMetric(forgotten, "no-storage-202/s")
@@ -59,9 +63,37 @@ func BenchmarkAccept(b *testing.B) {
 	}
 }
 
+// BenchmarkBatch measures durable 202s per second of one POST /orders/batch, and
+// of single POST /orders over 64 connections, on the same server with the same
+// store. The rounds alternate.
+//
+//	go test -run '^$' -bench Batch -benchtime 1x ./modules/intake
+func BenchmarkBatch(b *testing.B) {
+	const batch, single, rounds = 200_000, 40_000, 3
+	for _, driver := range []string{DriverSQLite, DriverPostgres} {
+		b.Run("store="+driver, func(b *testing.B) {
+			for b.Loop() {
+				together, alone := 0.0, 0.0
+				for range rounds {
+					together = max(together, acceptRate(b, driver, load{orders: batch}))
+					alone = max(alone, acceptRate(b, driver, load{connections: 64, orders: single}))
+				}
+				b.ReportMetric(together, "batch-202/s")
+				b.ReportMetric(alone, "single-202/s")
+				b.ReportMetric(together/alone, "ratio")
+				b.ReportMetric(0, "ns/op") // the time of all rounds together says nothing
+			}
+		})
+	}
+}
+
+// load is what the generator sends: single orders over so many connections, or
+// one batch if there are none.
+type load struct{ connections, orders int }
+
 // acceptRate returns the 202s per second of a server with that store, or of one
 // without any if driver is empty.
-func acceptRate(b *testing.B, driver string, connections, orders int) float64 {
+func acceptRate(b *testing.B, driver string, l load) float64 {
 	b.Helper()
 	logger := slog.New(slog.DiscardHandler)
 	bus, err := pubsub.Open(b.Context(), pubsub.DefaultConfig(), nil, logger)
@@ -109,12 +141,12 @@ func acceptRate(b *testing.B, driver string, connections, orders int) float64 {
 	}()
 
 	client := exec.Command(os.Args[0])
-	client.Env = append(os.Environ(), fmt.Sprintf("%s=%s %d %d", generatorVariable, server.Addr(), connections, orders))
+	client.Env = append(os.Environ(), fmt.Sprintf("%s=%s %d %d", generatorVariable, server.Addr(), l.connections, l.orders))
 	out, err := client.CombinedOutput()
 	require.NoError(b, err, string(out))
 	seconds, err := strconv.ParseFloat(strings.TrimSpace(string(out)), 64)
 	require.NoError(b, err, string(out))
-	return float64(orders) / seconds
+	return float64(l.orders) / seconds
 }
 
 // BenchmarkWrite measures what a store can write, without HTTP: insertions by
@@ -198,8 +230,13 @@ func generate(task string) error {
 		return err
 	}
 	tag := strconv.FormatInt(time.Now().UnixNano(), 36)
-	errs := make(chan error, connections)
 	started := time.Now()
+	if connections == 0 {
+		err := generateBatch(addr, tag, orders)
+		fmt.Println(time.Since(started).Seconds())
+		return err
+	}
+	errs := make(chan error, connections)
 	for c := range connections {
 		go func() { errs <- generateOn(addr, tag, c, connections, orders) }()
 	}
@@ -212,6 +249,51 @@ func generate(task string) error {
 	return nil
 }
 
+const generatedOrder = `{"orderNumber":"%s-%d","customerId":"c-1001","currency":"EUR","items":[{"sku":"tea-green-100","quantity":2,"unitPrice":4.5},{"sku":"cup","quantity":1,"unitPrice":12.25}],"note":"ring twice"}`
+
+// generateBatch sends all orders in one request and reads the answers
+// meanwhile. It speaks HTTP/1.0, for which the answer has no chunks: it is
+// all that comes after the header.
+func generateBatch(addr, tag string, orders int) error {
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }() // all answers are read by then
+	sent := make(chan error, 1)
+	go func() { sent <- sendBatch(conn, tag, orders) }()
+	answers := bufio.NewReaderSize(conn, 64<<10)
+	if line, err := answers.ReadSlice('\n'); err != nil || !strings.Contains(string(line), " 200 ") {
+		return fmt.Errorf("answer is %q, error %w", line, err)
+	}
+	for accepted := 0; accepted < orders; {
+		line, err := answers.ReadSlice('\n')
+		switch {
+		case err != nil:
+			return fmt.Errorf("after %d answers: %w", accepted, err)
+		case bytes.Contains(line, []byte(`,"status":202,`)):
+			accepted++
+		case line[0] == '{':
+			return fmt.Errorf("answer %q", line)
+		}
+	}
+	return <-sent
+}
+
+func sendBatch(conn net.Conn, tag string, orders int) error {
+	length := 0
+	for i := range orders {
+		length += len(generatedOrder) - len("%s%d") + len(tag) + len(strconv.Itoa(i)) + len("\n")
+	}
+	out := bufio.NewWriterSize(conn, 64<<10)
+	// What has failed once fails again.
+	_, _ = fmt.Fprintf(out, "POST /orders/batch HTTP/1.0\r\nContent-Type: application/x-ndjson\r\nContent-Length: %d\r\n\r\n", length)
+	for i := range orders {
+		_, _ = fmt.Fprintf(out, generatedOrder+"\n", tag, i)
+	}
+	return out.Flush()
+}
+
 func generateOn(addr, tag string, first, step, orders int) error {
 	conn, err := net.Dial("tcp", addr)
 	if err != nil {
@@ -220,7 +302,7 @@ func generateOn(addr, tag string, first, step, orders int) error {
 	defer func() { _ = conn.Close() }() // all answers are read by then
 	answers := bufio.NewReader(conn)
 	for i := first; i < orders; i += step {
-		body := fmt.Sprintf(`{"orderNumber":"%s-%d","customerId":"c-1001","currency":"EUR","items":[{"sku":"tea-green-100","quantity":2,"unitPrice":4.5},{"sku":"cup","quantity":1,"unitPrice":12.25}],"note":"ring twice"}`, tag, i)
+		body := fmt.Sprintf(generatedOrder, tag, i)
 		if _, err := fmt.Fprintf(conn, "POST /orders HTTP/1.1\r\nHost: sluice\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(body), body); err != nil {
 			return err
 		}
@@ -253,4 +335,67 @@ func skipAnswer(r *bufio.Reader) error {
 			}
 		}
 	}
+}
+
+// BenchmarkOutcome measures the CPU time, in this process, of what a saved order
+// costs its store after it was accepted: to be claimed, and to take its outcome
+// over, in groups of 64.
+//
+//	go test -run '^$' -bench Outcome -benchtime 20000x ./modules/intake
+func BenchmarkOutcome(b *testing.B) {
+	b.Run("store=sqlite", func(b *testing.B) {
+		s, err := openSQLiteStore(b.Context(), filepath.Join(b.TempDir(), "orders.db"), slog.New(slog.DiscardHandler))
+		require.NoError(b, err)
+		defer func() { require.NoError(b, s.close()) }()
+		benchOutcome(b, s)
+	})
+	b.Run("store=postgres", func(b *testing.B) {
+		s := openPostgres(b, services.Postgres(b))
+		defer func() { require.NoError(b, s.close()) }()
+		benchOutcome(b, s)
+	})
+}
+
+func benchOutcome(b *testing.B, s store) {
+	b.Helper()
+	const group = 64
+	inserts := make([]*change, 0, b.N)
+	for i := range b.N {
+		o := testOrder(strconv.Itoa(i))
+		o.Body, o.TraceParent = benchBody, "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+		inserts = append(inserts, &change{insert: o})
+	}
+	for chunk := range slices.Chunk(inserts, groupSize) {
+		require.NoError(b, s.write(b.Context(), chunk))
+	}
+	retry := DefaultRetryConfig()
+	var claiming, writing time.Duration
+	b.ResetTimer()
+	for left := b.N; left > 0; {
+		before := cpuTime(b)
+		orders, err := s.claim(b.Context(), now(), time.Time{}, group, relayBytes, func(uuid.UUID) bool { return false })
+		require.NoError(b, err)
+		require.NotEmpty(b, orders)
+		claimed := cpuTime(b)
+		changes := make([]*change, 0, len(orders))
+		for _, o := range orders {
+			out := contract.Outcome{Type: contract.TypeSaved, OrderID: o.ID.String(), Attempt: 1, StartedAt: time.Now(), Duration: 51234 * time.Microsecond,
+				StatusCode: http.StatusCreated, ContentType: "application/json", Body: []byte(`{"id":"4711"}`)}
+			changes = append(changes, outcomeOf(o.ID, out, retry))
+		}
+		require.NoError(b, s.write(b.Context(), changes))
+		claiming, writing = claiming+claimed-before, writing+cpuTime(b)-claimed
+		left -= len(orders)
+	}
+	b.ReportMetric(float64(claiming.Microseconds())/float64(b.N), "claim-µs")
+	b.ReportMetric(float64(writing.Microseconds())/float64(b.N), "outcome-µs")
+	b.ReportMetric(0, "ns/op")
+}
+
+// cpuTime returns what this process has used.
+func cpuTime(b *testing.B) time.Duration {
+	b.Helper()
+	var used syscall.Rusage
+	require.NoError(b, syscall.Getrusage(syscall.RUSAGE_SELF, &used))
+	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
 }

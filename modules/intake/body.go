@@ -39,14 +39,23 @@ type room struct {
 	size   int64
 }
 
+// take waits for more room, for a while.
 func (r *room) take(ctx context.Context, size int64) error {
 	ctx, cancel := context.WithTimeout(ctx, bodyPatience)
 	defer cancel()
 	if err := r.bodies.Acquire(ctx, size); err != nil {
 		return err
 	}
-	r.size = size
+	r.size += size
 	return nil
+}
+
+// shrink gives back what is beyond size.
+func (r *room) shrink(size int64) {
+	if size < r.size {
+		r.bodies.Release(r.size - size)
+		r.size = size
+	}
 }
 
 // release gives the room back. It may be called more than once.
@@ -104,23 +113,21 @@ func readAll(r io.Reader, size int64) ([]byte, error) {
 	return body[:n], err
 }
 
-// check decodes the body and holds it against the schema. When it returns
-// false, the request has been answered or the client has left.
-func (m *Module) check(w http.ResponseWriter, r *http.Request, body []byte) (document, bool) {
+// check decodes the body and holds it against the schema.
+func (m *Module) check(ctx context.Context, body []byte) (document, *httpserver.Problem) {
+	refused := func(p httpserver.Problem) (document, *httpserver.Problem) { return document{}, &p }
 	if len(body) > smallBody {
-		if err := m.checks.Acquire(r.Context(), 1); err != nil {
-			return document{}, false
+		if err := m.checks.Acquire(ctx, 1); err != nil {
+			return refused(problemOverloaded()) // the client has left
 		}
 		defer m.checks.Release(1)
 	}
 	doc, err := decodeDocument(body)
 	if err != nil {
-		httpserver.WriteProblem(w, r, problemMalformed(err))
-		return document{}, false
+		return refused(problemMalformed(err))
 	}
 	if faults := m.schema.validate(doc.value); len(faults) > 0 {
-		httpserver.WriteProblem(w, r, problemInvalid(faults))
-		return document{}, false
+		return refused(problemInvalid(faults))
 	}
-	return doc, true
+	return doc, nil
 }

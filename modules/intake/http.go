@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"mime"
 	"net/http"
 	"strconv"
@@ -15,27 +16,44 @@ import (
 
 	"github.com/google/uuid"
 	"go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp"
+	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/trace"
 
 	"sluice/modules/contract"
 	"sluice/platform/httpserver"
 )
 
-// handle adds one traced route. The server span is named after the pattern. A
-// panic is answered within it, so that its log line has the trace's id.
+// handle adds one traced route.
 func (m *Module) handle(mux *http.ServeMux, pattern string, h http.HandlerFunc) {
-	mux.Handle(pattern, otelhttp.NewHandler(httpserver.Handler(h, m.logger), pattern,
+	mux.Handle(pattern, m.traced(pattern, h))
+}
+
+// traced gives a handler a server span, which is named after the pattern. A
+// panic is answered within it, so that its log line has the trace's id.
+func (m *Module) traced(pattern string, h http.HandlerFunc) http.Handler {
+	return otelhttp.NewHandler(httpserver.Handler(named(h), m.logger), pattern,
 		otelhttp.WithTracerProvider(m.deps.TracerProvider),
 		otelhttp.WithMeterProvider(m.deps.MeterProvider),
-		otelhttp.WithPropagators(m.deps.Propagator)))
+		otelhttp.WithPropagators(m.deps.Propagator))
+}
+
+// named notes in the server span which client is asking.
+func named(h http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if name := httpserver.ClientName(r.Context()); name != "" {
+			trace.SpanFromContext(r.Context()).SetAttributes(attribute.String("sluice.client", name))
+		}
+		h(w, r)
+	}
 }
 
 // postOrder is POST /orders.
 func (m *Module) postOrder(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Vary", "Prefer")
 	prefer := parsePrefer(r.Header.Values("Prefer"))
-	if limit := m.cfg.MaxBacklog; limit > 0 && backlogOf(m.store.counts()) >= int64(limit) {
-		m.refuse(w, r, problemBacklogFull(limit))
+	if m.backlog.full() {
+		m.refuse(w, r, problemBacklogFull(m.cfg.MaxBacklog))
 		return
 	}
 	held := room{bodies: m.bodies}
@@ -45,7 +63,8 @@ func (m *Module) postOrder(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	o.PublishAt = o.AcceptedAt
-	if o, ok = m.insert(w, r, o); !ok {
+	// After the body has been read: a slow sender keeps no place.
+	if o, ok = m.enter(w, r, o); !ok {
 		return
 	}
 	// The store has it. A client that waits holds no memory.
@@ -67,6 +86,16 @@ func (m *Module) postOrder(w http.ResponseWriter, r *http.Request) {
 	m.writeOrder(w, r, http.StatusAccepted, o)
 }
 
+// enter is insert with a place in the backlog.
+func (m *Module) enter(w http.ResponseWriter, r *http.Request, o *order) (*order, bool) {
+	if !m.backlog.enter(1) {
+		m.refuse(w, r, problemBacklogFull(m.cfg.MaxBacklog))
+		return nil, false
+	}
+	defer m.backlog.leave(1)
+	return m.insert(w, r, o)
+}
+
 // insert commits the order and returns it, or the one that it repeats. When it
 // returns false, the request has been answered.
 func (m *Module) insert(w http.ResponseWriter, r *http.Request, o *order) (*order, bool) {
@@ -78,7 +107,7 @@ func (m *Module) insert(w http.ResponseWriter, r *http.Request, o *order) (*orde
 		return nil, false
 	}
 	if c.changed {
-		m.logger.Debug("order accepted", "order_id", o.ID, "trace_id", o.traceID())
+		m.logger.Debug("order accepted", "order_id", o.ID, "client", o.Owner, "trace_id", o.traceID())
 		return o, true
 	}
 	holder := c.found
@@ -93,44 +122,6 @@ func (m *Module) insert(w http.ResponseWriter, r *http.Request, o *order) (*orde
 		httpserver.WriteProblem(w, r, problemDuplicate(holder))
 	}
 	return nil, false
-}
-
-// await holds the request until the order is final, or the client's wait (or
-// intake.max_wait) is over, or the server drains.
-func (m *Module) await(w http.ResponseWriter, r *http.Request, o *order, d time.Duration) (*order, bool) {
-	d = min(d, m.cfg.MaxWait)
-	w.Header().Set("Preference-Applied", "wait="+strconv.Itoa(int(d/time.Second)))
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	for {
-		news, leave := m.waiters.watch(o.ID)
-		current, err := m.store.get(r.Context(), o.ID)
-		if err != nil {
-			leave()
-			switch {
-			case r.Context().Err() != nil: // nobody is there to answer
-			case errors.Is(err, errNotFound):
-				httpserver.WriteProblem(w, r, problemNotFound())
-			default:
-				m.failed(w, r, "read an order", err)
-			}
-			return nil, false
-		}
-		if current.Status.Final() {
-			leave()
-			return current, true
-		}
-		select {
-		case <-news:
-			leave()
-			continue
-		case <-timer.C:
-		case <-httpserver.Draining(r.Context()):
-		case <-r.Context().Done():
-		}
-		leave()
-		return current, r.Context().Err() == nil
-	}
 }
 
 // postOrderSync is POST /orders/sync: the direct way, without the queue.
@@ -197,11 +188,13 @@ func (m *Module) call(w http.ResponseWriter, r *http.Request, o *order) {
 		m.refuse(w, r, problemSyncUnknown(o))
 		return
 	}
-	if callErr != nil {
-		return // the client has left
+	if callErr != nil { // the client has left, or has closed its side and may be there still
+		out.Error = "the call ended with the client's connection"
+		httpserver.WriteProblem(w, r, problemSyncFailed(out, c.found))
+		return
 	}
 	if c.found != nil && c.changed {
-		m.tell(c.found, out)
+		m.tell(r.Context(), c.found, out, c.found.traceID())
 	}
 	switch out.Type {
 	case contract.TypeSaved:
@@ -239,7 +232,7 @@ func (m *Module) settle(ctx context.Context, c *change) error {
 // returns false, the request has been answered.
 func (m *Module) readOrder(w http.ResponseWriter, r *http.Request, held *room) (*order, bool) {
 	contentType := r.Header.Get("Content-Type")
-	if !isJSON(contentType) {
+	if !isMediaType(contentType, "application/json") {
 		httpserver.WriteProblem(w, r, problemMediaType(contentType))
 		return nil, false
 	}
@@ -252,44 +245,63 @@ func (m *Module) readOrder(w http.ResponseWriter, r *http.Request, held *room) (
 	if !ok {
 		return nil, false
 	}
-	doc, ok := m.check(w, r, body)
-	if !ok {
+	outline := m.outline(r, contentType)
+	outline.IdempotencyKey = key
+	o, problem := m.build(r.Context(), outline, body)
+	if problem != nil {
+		m.refuse(w, r, *problem)
 		return nil, false
 	}
-	number := ""
-	if m.cfg.OrderNumberPointer != "" {
-		if number, ok = m.number.text(doc.value); !ok {
-			httpserver.WriteProblem(w, r, problemInvalid([]httpserver.FieldError{{Pointer: m.cfg.OrderNumberPointer,
-				Detail: "is the order number: must be a string of 1 to 255 bytes without control characters, or an integer"}}))
-			return nil, false
-		}
-	}
-	id, err := newID()
-	if err != nil {
-		m.failed(w, r, "accept an order", err)
-		return nil, false
-	}
-	t := now()
-	o := &order{
-		ID: id, Number: number, IdempotencyKey: key,
-		ContentType: contentType, Body: body, Size: len(body), Hash: doc.hash,
-		Status: contract.StatusAccepted, AcceptedAt: t, UpdatedAt: t,
-	}
-	carrier := propagation.MapCarrier{}
-	m.deps.Propagator.Inject(r.Context(), carrier)
-	o.TraceParent, o.TraceState = carrier["traceparent"], carrier["tracestate"]
 	return o, true
 }
 
-// isJSON accepts application/json, in UTF-8 if a charset is named (RFC 8259,
-// section 8.1 knows no other).
-func isJSON(contentType string) bool {
-	if contentType == "application/json" {
+// outline returns what all orders of one request have in common.
+func (m *Module) outline(r *http.Request, contentType string) order {
+	carrier := propagation.MapCarrier{}
+	m.deps.Propagator.Inject(r.Context(), carrier)
+	return order{
+		Owner: httpserver.ClientName(r.Context()), ContentType: contentType, Status: contract.StatusAccepted,
+		TraceParent: carrier["traceparent"], TraceState: carrier["tracestate"],
+	}
+}
+
+// build completes the outline with a body, which it keeps, or says what is
+// wrong with that.
+func (m *Module) build(ctx context.Context, outline order, body []byte) (*order, *httpserver.Problem) {
+	doc, problem := m.check(ctx, body)
+	if problem != nil {
+		return nil, problem
+	}
+	o := outline
+	if m.cfg.OrderNumberPointer != "" {
+		var ok bool
+		if o.Number, ok = m.number.text(doc.value); !ok {
+			p := problemInvalid([]httpserver.FieldError{{Pointer: m.cfg.OrderNumberPointer,
+				Detail: "is the order number: must be a string of 1 to 255 bytes without control characters, or an integer"}})
+			return nil, &p
+		}
+	}
+	var err error
+	if o.ID, err = newID(); err != nil {
+		m.logger.ErrorContext(ctx, "cannot accept an order", "error", err)
+		p := problemStorage(false)
+		return nil, &p
+	}
+	o.Body, o.Size, o.Hash = body, len(body), doc.hash
+	o.AcceptedAt = now()
+	o.UpdatedAt = o.AcceptedAt
+	return &o, nil
+}
+
+// isMediaType accepts the wanted type, in UTF-8 if a charset is named (RFC 8259,
+// section 8.1 knows no other for JSON).
+func isMediaType(contentType, want string) bool {
+	if contentType == want {
 		return true
 	}
 	mediaType, params, err := mime.ParseMediaType(contentType)
 	charset := params["charset"]
-	return err == nil && mediaType == "application/json" && (charset == "" || strings.EqualFold(charset, "utf-8"))
+	return err == nil && mediaType == want && (charset == "" || strings.EqualFold(charset, "utf-8"))
 }
 
 // getOrder is GET /orders/{id}.
@@ -307,8 +319,9 @@ func (m *Module) getOrder(w http.ResponseWriter, r *http.Request) {
 	m.writeOrder(w, r, http.StatusOK, o)
 }
 
-// find returns the order that the path names. When it returns false, the
-// request has been answered.
+// find returns the order that the path names. Another client's order is not
+// found, and the answer is the same as for one that does not exist. When it
+// returns false, the request has been answered.
 func (m *Module) find(w http.ResponseWriter, r *http.Request) (*order, bool) {
 	id, err := uuid.Parse(r.PathValue("id"))
 	if err != nil {
@@ -317,7 +330,7 @@ func (m *Module) find(w http.ResponseWriter, r *http.Request) (*order, bool) {
 	}
 	o, err := m.store.get(r.Context(), id)
 	switch {
-	case errors.Is(err, errNotFound):
+	case errors.Is(err, errNotFound), err == nil && o.Owner != httpserver.ClientName(r.Context()):
 		httpserver.WriteProblem(w, r, problemNotFound())
 	case err != nil:
 		m.failed(w, r, "read an order", err)
@@ -339,6 +352,7 @@ func (m *Module) listOrders(w http.ResponseWriter, r *http.Request) {
 		httpserver.WriteProblem(w, r, *problem)
 		return
 	}
+	q.owner = httpserver.ClientName(r.Context())
 	limit := q.limit
 	q.limit++ // one more tells whether there is a next page
 	orders, err := m.store.list(r.Context(), q)
@@ -356,7 +370,8 @@ func (m *Module) listOrders(w http.ResponseWriter, r *http.Request) {
 		page.Next = &next
 	}
 	for _, o := range orders {
-		page.Orders = append(page.Orders, resourceOf(o))
+		res, _ := m.expect(o)
+		page.Orders = append(page.Orders, res)
 	}
 	httpserver.WriteJSON(w, r, http.StatusOK, page)
 }
@@ -434,9 +449,11 @@ func (m *Module) replayOrder(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// refuse answers 503 and says when to come back.
+// refuse answers with a problem; with a 503 it says when to come back.
 func (m *Module) refuse(w http.ResponseWriter, r *http.Request, p httpserver.Problem) {
-	w.Header().Set("Retry-After", strconv.FormatInt(m.stats.retryAfter.Load(), 10))
+	if p.Status == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", strconv.FormatInt(seconds(m.outlook.patience(time.Now())), 10))
+	}
 	httpserver.WriteProblem(w, r, p)
 }
 
@@ -457,10 +474,14 @@ type resource struct {
 	UpdatedAt     string          `json:"updatedAt"`
 	FinishedAt    *string         `json:"finishedAt"`
 	NextAttemptAt *string         `json:"nextAttemptAt"`
-	TraceID       string          `json:"traceId"`
-	Backend       *backendAnswer  `json:"backend"`
-	Problem       json.RawMessage `json:"problem"`
-	Links         links           `json:"links"`
+	// Of a waiting order, where they are known.
+	QueuePosition       *int64  `json:"queuePosition"`
+	EstimatedCompletion *string `json:"estimatedCompletion"`
+
+	TraceID string          `json:"traceId"`
+	Backend *backendAnswer  `json:"backend"`
+	Problem json.RawMessage `json:"problem"`
+	Links   links           `json:"links"`
 }
 
 type backendAnswer struct {
@@ -514,21 +535,21 @@ func location(o *order) string { return "/orders/" + o.ID.String() }
 // writeOrder answers with the order's resource, its ETag, and when to ask
 // again if it is not final.
 func (m *Module) writeOrder(w http.ResponseWriter, r *http.Request, status int, o *order) {
-	body, err := json.Marshal(resourceOf(o))
+	res, retryAfter := m.expect(o)
+	body, err := json.Marshal(res)
 	if err != nil {
 		m.failed(w, r, "encode an order", err)
 		return
 	}
 	header := w.Header()
 	if !o.Status.Final() {
-		header.Set("Retry-After", strconv.FormatInt(m.stats.retryAfter.Load(), 10))
+		header.Set("Retry-After", strconv.FormatInt(seconds(retryAfter), 10))
 	}
 	if r.Method == http.MethodGet || r.Method == http.MethodHead {
-		sum := sha256.Sum256(body)
-		etag := `"` + hex.EncodeToString(sum[:12]) + `"`
+		etag := entityTag(o, body)
 		header.Set("ETag", etag)
 		header.Set("Cache-Control", "no-cache")
-		if matches(r.Header.Values("If-None-Match"), etag) {
+		if httpserver.ETagMatches(r.Header.Values("If-None-Match"), etag) {
 			w.WriteHeader(http.StatusNotModified)
 			return
 		}
@@ -539,16 +560,31 @@ func (m *Module) writeOrder(w http.ResponseWriter, r *http.Request, status int, 
 	_, _ = w.Write(body) // the client may have left; there is nobody to tell
 }
 
-// matches implements If-None-Match (RFC 9110, section 13.1.2), which compares
-// weakly.
-func matches(fields []string, etag string) bool {
-	for _, field := range fields {
-		for candidate := range strings.SplitSeq(field, ",") {
-			candidate = strings.TrimSpace(candidate)
-			if candidate == "*" || strings.TrimPrefix(candidate, "W/") == etag {
-				return true
-			}
-		}
+// expect returns the order's resource with what is to be expected of it, and
+// when to ask again.
+func (m *Module) expect(o *order) (resource, time.Duration) {
+	res := resourceOf(o)
+	if o.Status.Final() {
+		return res, 0
 	}
-	return false
+	e := m.outlook.of(o, time.Now())
+	if e.position > 0 {
+		res.QueuePosition = &e.position
+	}
+	if !e.completion.IsZero() {
+		at := timestamp(e.completion)
+		res.EstimatedCompletion = &at
+	}
+	return res, e.retryAfter
+}
+
+// entityTag returns the ETag of an order's resource. That of a waiting order is
+// new all the time, with its place in the queue, while the order is the same:
+// its tag is a weak one, of the order's state (RFC 9110, section 8.8.1).
+func entityTag(o *order, body []byte) string {
+	if !o.Status.Final() {
+		return fmt.Sprintf(`W/"%d-%d-%s"`, o.UpdatedAt.UnixMicro(), o.Attempts, o.Status)
+	}
+	sum := sha256.Sum256(body)
+	return `"` + hex.EncodeToString(sum[:12]) + `"`
 }

@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"sluice/modules/contract"
+	"sluice/platform/httpserver"
 	"sluice/platform/middleware"
 )
 
@@ -79,15 +80,20 @@ type Module struct {
 
 	schema  *schema
 	number  pointer
+	openAPI *httpserver.Static // GET /openapi.yaml
+	docs    *httpserver.Static // GET /docs
 	store   store
 	writer  *writer
 	relay   *relay
 	sweeper *sweeper
 	waiters waiters
+	backlog backlogLimit
 	stats   *stats
+	outlook *forecast
 	bodies  *semaphore.Weighted // bytes of large bodies in memory
 	checks  *semaphore.Weighted // large bodies that are being checked
 	direct  *semaphore.Weighted // POST /orders/sync under way, nil without a limit
+	batches *semaphore.Weighted // POST /orders/batch under way
 }
 
 // Open opens the store, brings it up to date, and makes every order due that
@@ -110,8 +116,9 @@ func newModule(ctx context.Context, cfg Config, storeCfg StoreConfig, retry Retr
 	m := &Module{
 		cfg: cfg, retry: retry, retention: storeCfg.Retention, deps: deps, logger: deps.Logger, store: s,
 		bodies: semaphore.NewWeighted(max(maxBodies, int64(cfg.MaxBody))),
-		checks: semaphore.NewWeighted(maxChecks),
+		checks: semaphore.NewWeighted(maxChecks), batches: semaphore.NewWeighted(maxBatches),
 	}
+	m.backlog.limit, m.backlog.backlog = int64(cfg.MaxBacklog), func() int64 { return backlogOf(s.counts()) }
 	if cfg.SyncLimit > 0 {
 		m.direct = semaphore.NewWeighted(int64(cfg.SyncLimit))
 	}
@@ -122,9 +129,13 @@ func newModule(ctx context.Context, cfg Config, storeCfg StoreConfig, retry Retr
 	if m.number, err = parsePointer(cfg.OrderNumberPointer); err != nil {
 		return nil, fmt.Errorf("intake.order_number_pointer: %w", err)
 	}
+	if m.openAPI, m.docs, err = openAPI(m.schema, cfg.OrderNumberPointer); err != nil {
+		return nil, fmt.Errorf("describe the API: %w", err)
+	}
 	if m.stats, err = newStats(deps.MeterProvider.Meter(scope), s); err != nil {
 		return nil, fmt.Errorf("register metrics: %w", err)
 	}
+	m.outlook = newForecast(s.counts)
 	m.writer = newWriter(s, m.committed)
 	m.relay = newRelay(s, m.writer, m.stats, deps)
 	m.sweeper = newSweeper(s, m.relay, m.stats, deps)
@@ -171,6 +182,7 @@ func (m *Module) Run(ctx context.Context) error {
 	wg.Go(func() { m.sweeper.run(ctx) })
 	wg.Go(func() { m.retain(ctx) })
 	wg.Go(func() { m.observe(ctx) })
+	wg.Go(func() { m.follow(ctx) })
 	<-ctx.Done()
 	return nil
 }
@@ -199,11 +211,31 @@ func (m *Module) retain(ctx context.Context) {
 
 // observe keeps what clients are told of waiting times up to date.
 func (m *Module) observe(ctx context.Context) {
+	var seeding sync.WaitGroup
+	defer seeding.Wait()
+	seeding.Go(func() { m.seed(ctx) })
 	for ctx.Err() == nil {
-		m.stats.expect(backlogOf(m.store.counts()))
-		wait(ctx, time.Second, nil)
+		m.outlook.look(time.Now())
+		wait(ctx, tallyIdle, nil)
 	}
 }
+
+// seed lets clients know the places of orders that waited at the start already.
+func (m *Module) seed(ctx context.Context) {
+	for pause := time.Second; ctx.Err() == nil; pause = min(2*pause, seedPauseMax) {
+		err := m.outlook.seed(ctx, m.store)
+		if err == nil {
+			return
+		}
+		if ctx.Err() == nil {
+			m.logger.Warn("cannot find out where the waiting orders stand; tried again later", "error", err)
+		}
+		wait(ctx, pause, nil)
+	}
+}
+
+// seedPauseMax is for a backlog that takes too long to look through.
+const seedPauseMax = 10 * time.Minute
 
 // Check reports whether orders can be stored.
 func (m *Module) Check(ctx context.Context) error { return m.store.ping(ctx) }
@@ -237,13 +269,18 @@ func (m *Module) Close() error {
 	return errors.Join(m.relay.close(), m.stats.close(), m.store.close())
 }
 
-// Routes adds the client's endpoints.
+// Routes adds the client's endpoints. Behind httpserver.Admission, orders belong
+// to the client that sent them, and others do not find them.
 func (m *Module) Routes(mux *http.ServeMux) {
-	m.handle(mux, "POST /orders", m.postOrder)
-	m.handle(mux, "POST /orders/sync", m.postOrderSync)
+	m.handle(mux, "POST /orders", httpserver.RateLimited(m.postOrder))
+	m.handle(mux, "POST /orders/sync", httpserver.RateLimited(m.postOrderSync))
+	m.handle(mux, "POST /orders/batch", m.postBatch)
 	m.handle(mux, "GET /orders", m.listOrders)
 	m.handle(mux, "GET /orders/{id}", m.getOrder)
 	m.handle(mux, "GET /orders/{id}/attempts", m.getAttempts)
+	m.handle(mux, "GET /openapi.yaml", m.openAPI.ServeHTTP)
+	m.handle(mux, "GET /docs", m.docs.ServeHTTP)
+	mux.Handle("GET /orders/{id}/events", m.events("GET /orders/{id}/events"))
 }
 
 // AdminRoutes adds the operator's endpoints.

@@ -294,6 +294,22 @@ func (s *memoryStore) counts() map[contract.Status]int64 {
 	return maps.Clone(s.count)
 }
 
+func (s *memoryStore) sample(_ context.Context, n int) ([]uuid.UUID, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var ids []uuid.UUID
+	seen := 0
+	s.wait.Scan(func(id string) bool {
+		if o, _ := s.orders.Get(id); o.Status == contract.StatusAccepted {
+			if seen++; seen%n == 0 {
+				ids = append(ids, o.ID)
+			}
+		}
+		return true
+	})
+	return ids, nil
+}
+
 func (s *memoryStore) oldestWaiting(context.Context) (time.Time, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -321,6 +337,7 @@ func (s *memoryStore) purge(_ context.Context, finishedBefore time.Time, limit i
 	for _, o := range old {
 		s.drop(o)
 	}
+	s.count[statusPurged] += int64(len(old))
 	return len(old), nil
 }
 

@@ -43,6 +43,7 @@ var postgresSettings = map[string]string{
 type postgresStore struct {
 	db      *database.Postgres
 	counted *postgresCounts
+	news    *postgresNews
 }
 
 // openPostgresStore opens the database, waiting for its server until ctx ends.
@@ -59,10 +60,12 @@ func openPostgresStore(ctx context.Context, dsn string, logger *slog.Logger) (*p
 	if s.counted, err = countPostgres(ctx, db, logger); err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
+	s.news = newPostgresNews(ctx, db, logger)
 	return s, nil
 }
 
 func (s *postgresStore) close() error {
+	s.news.close()
 	s.counted.close()
 	return s.db.Close()
 }
@@ -109,6 +112,9 @@ const (
 	postgresPurge = `WITH old AS MATERIALIZED (
 			SELECT id FROM orders WHERE id < $1 AND finished_at < $2 ORDER BY id LIMIT $3 FOR UPDATE SKIP LOCKED)
 		DELETE FROM orders USING old WHERE orders.id = old.id RETURNING status`
+
+	postgresSample = `SELECT id FROM (SELECT id, row_number() OVER (ORDER BY id) AS rank FROM orders WHERE status = 'accepted' AND finished_at IS NULL) AS waiting
+		WHERE rank % $1::int = 0 ORDER BY rank`
 
 	postgresCarrier    = `SELECT name FROM carrier`
 	postgresSetCarrier = `INSERT INTO carrier (one, name) VALUES (1, $1) ON CONFLICT (one) DO UPDATE SET name = excluded.name`
@@ -342,6 +348,21 @@ func (s *postgresStore) exec(ctx context.Context, statement string, args ...any)
 
 func (s *postgresStore) counts() map[contract.Status]int64 { return s.counted.now() }
 
+func (s *postgresStore) sample(ctx context.Context, n int) (ids []uuid.UUID, err error) {
+	err = s.db.Read(ctx, func(ctx context.Context, conn *pgx.Conn) error {
+		rows, err := conn.Query(ctx, postgresSample, n)
+		if err != nil {
+			return err
+		}
+		ids, err = pgx.CollectRows(rows, pgx.RowTo[uuid.UUID])
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("sample the waiting orders: %w", err)
+	}
+	return ids, nil
+}
+
 // purge leaves to other processes what they are about to delete.
 func (s *postgresStore) purge(ctx context.Context, finishedBefore time.Time, limit int) (deleted int, err error) {
 	err = s.db.Write(ctx, func(ctx context.Context, conn *pgx.Conn) error {
@@ -357,6 +378,7 @@ func (s *postgresStore) purge(ctx context.Context, finishedBefore time.Time, lim
 			if deleted = int(tag.RowsAffected()); err != nil || deleted == 0 {
 				return err
 			}
+			delta[statusPurged] = int64(deleted)
 			statement, args := countBy(delta)
 			return tx.QueryRow(ctx, statement, args...).Scan(&txid)
 		})

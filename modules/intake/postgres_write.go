@@ -76,6 +76,7 @@ func (s *postgresStore) write(ctx context.Context, changes []*change) error {
 			return err
 		}
 		s.counted.add(txid, w.delta)
+		s.news.tell(w.touched())
 		return nil
 	})
 }
@@ -280,28 +281,15 @@ func (o *order) holds(other *order) bool {
 // once: the next change sees what the last one made of it.
 func (w *postgresWrite) update() {
 	for _, c := range w.updates {
-		o := w.rows[c.id]
-		if o == nil {
-			continue
-		}
-		before := o.Status
-		switch c.update(o) {
+		switch c.perform(w.rows[c.id], w.delta) {
 		case leave:
 		case save:
-			c.changed = true
-			w.delta[before]--
-			w.delta[o.Status]++
-			w.dirty[o.ID] = true
+			w.dirty[c.id] = true
 		case remove:
-			c.changed = true
-			w.delta[before]--
-			w.removed = append(w.removed, o.ID)
-			delete(w.dirty, o.ID)
-			delete(w.rows, o.ID)
-			continue
+			w.removed = append(w.removed, c.id)
+			delete(w.dirty, c.id)
+			delete(w.rows, c.id)
 		}
-		found := *o
-		c.found = &found
 	}
 }
 
@@ -335,6 +323,15 @@ func (w *postgresWrite) commit(ctx context.Context) (txid uint64, err error) {
 	b.Queue("COMMIT")
 	err = w.conn.SendBatch(ctx, b).Close()
 	return txid, w.doubt(err, answered == before)
+}
+
+// touched returns the orders that were there before and have been changed.
+func (w *postgresWrite) touched() [][16]byte {
+	ids := make([][16]byte, 0, len(w.dirty)+len(w.removed))
+	for id := range w.dirty {
+		ids = append(ids, id)
+	}
+	return append(ids, w.removed...)
 }
 
 // doubt says of an error whether the commit may have happened all the same: not

@@ -24,6 +24,12 @@ func problemMediaType(got string) httpserver.Problem {
 	return httpserver.Problem{Type: "unsupported-media-type", Title: "Orders are application/json", Status: http.StatusUnsupportedMediaType, Detail: detail}
 }
 
+func problemBatchMediaType(got string) httpserver.Problem {
+	p := problemMediaType(got)
+	p.Detail = fmt.Sprintf("the body is %q, send application/x-ndjson in UTF-8, one order a line", got)
+	return p
+}
+
 func problemTooLarge(limit fmt.Stringer) httpserver.Problem {
 	return httpserver.Problem{Type: "body-too-large", Title: "The order is too large", Status: http.StatusRequestEntityTooLarge,
 		Detail: fmt.Sprintf("an order may have %v (intake.max_body)", limit)}
@@ -54,6 +60,11 @@ func problemKeyReused(o *order) httpserver.Problem {
 	return httpserver.Problem{Type: "idempotency-key-reused", Title: "The Idempotency-Key was used for another order", Status: http.StatusUnprocessableEntity,
 		Detail:  "the same key came with a different body before; a new order needs a new key",
 		Members: map[string]any{"order": location(o)}}
+}
+
+func problemNotAcceptable(accept string) httpserver.Problem {
+	return httpserver.Problem{Type: "not-acceptable", Title: "Events are text/event-stream", Status: http.StatusNotAcceptable,
+		Detail: fmt.Sprintf("the request accepts %q", accept)}
 }
 
 func problemNotFound() httpserver.Problem {
@@ -91,6 +102,18 @@ func problemSyncUnknown(o *order) httpserver.Problem {
 func problemOverloaded() httpserver.Problem {
 	return httpserver.Problem{Type: "overloaded", Title: "Too many large orders arrive at once", Status: http.StatusServiceUnavailable,
 		Detail: "there is no room for the body at the moment; nothing was accepted, send the request again later"}
+}
+
+// problemUnfinished takes the place of the answer to the first line that was
+// not taken, when there is no problem of the client's that says it better.
+func problemUnfinished() httpserver.Problem {
+	return httpserver.Problem{Type: "batch-unfinished", Title: "The rest of the batch was not taken", Status: http.StatusServiceUnavailable,
+		Detail: "the server is shutting down; this line and those after it were not taken, send them again"}
+}
+
+func problemBatchLimit() httpserver.Problem {
+	return httpserver.Problem{Type: "batch-limit-reached", Title: "Too many batches are under way", Status: http.StatusServiceUnavailable,
+		Detail: fmt.Sprintf("%d batches are under way; nothing was accepted, send it again later", maxBatches)}
 }
 
 func problemSyncLimit(limit int) httpserver.Problem {

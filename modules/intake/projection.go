@@ -3,6 +3,7 @@ package intake
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
@@ -74,31 +75,40 @@ func insist(ctx context.Context, do func(context.Context) error, complain func(e
 
 // finish applies the outcome and tells of the end of an order.
 func (m *Module) finish(ctx context.Context, id uuid.UUID, out contract.Outcome) error {
-	c := &change{id: id, update: func(o *order) verdict {
-		return o.apply(out, now(), m.retry)
-	}}
+	c := outcomeOf(id, out, m.retry)
 	if err := m.writer.do(ctx, c); err != nil {
 		return err
 	}
 	m.relay.finished(id, out.Attempt)
+	if out.Type != contract.TypeAttemptFailed {
+		m.outlook.attempted(out.Duration)
+	}
 	if c.found == nil {
 		m.logger.Warn("an outcome arrived for an order that does not exist; the database may be older than the broker's messages",
 			"order_id", id, "trace_id", telemetry.TraceID(ctx), "outcome", out.Type)
 		return nil
 	}
 	if c.changed {
-		m.tell(c.found, out)
+		m.tell(ctx, c.found, out, telemetry.TraceID(ctx))
 	}
 	return nil
 }
 
-func (m *Module) tell(o *order, out contract.Outcome) {
-	switch o.Status {
-	case contract.StatusDead:
-		m.logger.Warn("order is dead: its last attempt failed; replay it with POST /admin/orders/{id}/replay",
-			"order_id", o.ID, "trace_id", o.traceID(), "attempts", o.Attempts, "error", out.Error)
-	default:
-		m.logger.Debug("outcome stored", "status", o.Status, "order_id", o.ID, "trace_id", o.traceID(), "attempts", o.Attempts)
+// outcomeOf returns the change that takes an outcome over into its order. If it
+// is that of the first attempt, the change may find no more of the order than
+// its id and what the outcome made of it.
+func outcomeOf(id uuid.UUID, out contract.Outcome, retry RetryConfig) *change {
+	return &change{id: id, first: out.Attempt == 1, update: func(o *order) verdict { return o.apply(out, now(), retry) }}
+}
+
+// tell logs what an outcome made of its order.
+func (m *Module) tell(ctx context.Context, o *order, out contract.Outcome, traceID string) {
+	switch {
+	case o.Status == contract.StatusDead:
+		m.logger.WarnContext(ctx, "order is dead: its last attempt failed; replay it with POST /admin/orders/{id}/replay",
+			"order_id", o.ID, "trace_id", traceID, "attempts", o.Attempts, "error", out.Error)
+	case m.logger.Enabled(ctx, slog.LevelDebug): // asked first, since there is one for each order
+		m.logger.DebugContext(ctx, "outcome stored", "status", o.Status, "order_id", o.ID, "trace_id", traceID, "attempts", o.Attempts)
 	}
 }
 

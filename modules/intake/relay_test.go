@@ -315,25 +315,6 @@ func TestProjectionRefusesWhatItCannotRead(t *testing.T) {
 	project(t, m, out)
 }
 
-func TestWaitersAreWokenOnceAndForgotten(t *testing.T) {
-	var w waiters
-	id := uuid.New()
-	a, leaveA := w.watch(id)
-	b, leaveB := w.watch(id)
-	_, leaveC := w.watch(uuid.New())
-	leaveC()
-	w.notify(id)
-	<-a
-	<-b
-	c, leaveD := w.watch(id)
-	leaveA()
-	leaveB()
-	w.notify(id)
-	<-c
-	leaveD()
-	require.Empty(t, w.news)
-}
-
 func project(t *testing.T, m *Module, out contract.Outcome) {
 	t.Helper()
 	msg, err := out.Message()

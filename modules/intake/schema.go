@@ -37,6 +37,9 @@ const (
 	maxNumber = 400
 )
 
+// builtinLocation names the built-in schema.
+const builtinLocation = "builtin:///order.json"
+
 // builtinSchema is what orders must look like when no schema is configured.
 //
 //go:embed schema/order.json
@@ -50,6 +53,8 @@ type fieldError = httpserver.FieldError
 // schema is a compiled JSON Schema. It is safe for concurrent use.
 type schema struct {
 	compiled *jsonschema.Schema
+	location string            // of the file that was asked for
+	files    map[string][]byte // that file and those that it refers to, by location
 }
 
 // compileSchema compiles the JSON Schema in a file, or the built-in one if
@@ -58,7 +63,7 @@ type schema struct {
 // References may lead to other files, never to the network. Errors tell the
 // file and the fault in one line.
 func compileSchema(path string) (*schema, error) {
-	location, text := "builtin:///order.json", builtinSchema
+	location, text := builtinLocation, builtinSchema
 	if path != "" {
 		var err error
 		if location, err = fileURL(path); err != nil {
@@ -75,7 +80,8 @@ func compileSchema(path string) (*schema, error) {
 
 	compiler := jsonschema.NewCompiler()
 	compiler.DefaultDraft(jsonschema.Draft2020)
-	compiler.UseLoader(schemaFiles{})
+	files := schemaFiles{location: text}
+	compiler.UseLoader(files)
 	if err := compiler.AddResource(location, doc.value); err != nil {
 		return nil, fmt.Errorf("add the schema %s: %w", path, err)
 	}
@@ -83,7 +89,7 @@ func compileSchema(path string) (*schema, error) {
 	if err != nil {
 		return nil, fmt.Errorf("compile the schema %s: %w", path, plainCompileError(err))
 	}
-	return &schema{compiled: compiled}, nil
+	return &schema{compiled: compiled, location: location, files: files}, nil
 }
 
 // plainCompileError puts the library's longer texts into one line.
@@ -117,10 +123,12 @@ func fileURL(path string) (string, error) {
 	return (&url.URL{Scheme: "file", Path: abs}).String(), nil
 }
 
-// schemaFiles loads the files that a schema refers to, and nothing else.
-type schemaFiles struct{}
+// schemaFiles loads the files that a schema refers to, and nothing else, and
+// keeps their texts by location.
+type schemaFiles map[string][]byte
 
-func (schemaFiles) Load(location string) (any, error) {
+// Load is for jsonschema.Compiler.
+func (f schemaFiles) Load(location string) (any, error) {
 	u, err := url.Parse(location)
 	if err != nil {
 		return nil, err
@@ -137,6 +145,7 @@ func (schemaFiles) Load(location string) (any, error) {
 		return nil, err
 	}
 	doc, err := decodeDocument(text)
+	f[location] = text
 	return doc.value, err
 }
 

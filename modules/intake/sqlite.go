@@ -32,6 +32,8 @@ type sqliteStore struct {
 	insertMany *sql.Stmt // manyRows orders in one statement
 	insertOne  *sql.Stmt
 	updateOne  *sql.Stmt
+	firstOne   *sql.Stmt // updateOne, if no attempt has ended before
+	release    *sql.Stmt
 	markMany   *sql.Stmt
 	markOne    *sql.Stmt
 	selectMany *sql.Stmt // on the writing connection, inside of a transaction
@@ -61,9 +63,18 @@ const (
 	insertRow   = `(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)`
 	insertGuard = ` ON CONFLICT DO NOTHING`
 	selectOrder = `SELECT ` + orderColumns + ` FROM orders `
-	selectBody  = `SELECT ` + orderColumns + `, body FROM orders `
-	updateOrder = `UPDATE orders SET released=?, status=?, attempts=?, attempt_base=?, direct=?, updated_at=?, finished_at=?,
+	selectDue   = `SELECT id, number, status, attempts, accepted_at, updated_at, publish_at, trace_parent, trace_state,
+		backend_status, history, size, content_type, body FROM orders `
+	// Without released, which is in an index: to name a column is to write all of
+	// its indexes, changed or not.
+	updateOrder = `UPDATE orders SET status=?, attempts=?, attempt_base=?, direct=?, updated_at=?, finished_at=?,
 		publish_at=?, backend_status=?, backend_type=?, backend_body=?, problem=?, history=? WHERE id=?`
+	updateFirst  = updateOrder + ` AND attempts=0 AND status='accepted'`
+	releaseOrder = `UPDATE orders SET released=id WHERE id=?`
+	sqliteCount  = `INSERT INTO order_counts (status, n) VALUES (?, ?) ON CONFLICT (status) DO UPDATE SET n = n + excluded.n`
+	// It says what orders_waiting holds, so that the planner sees that it fits.
+	sqliteSample = `SELECT id FROM (SELECT id, row_number() OVER (ORDER BY id) AS rank FROM orders WHERE status='accepted' AND finished_at IS NULL)
+		WHERE rank % ? = 0 ORDER BY rank`
 	// Whatever the relay has published it has taken over, direct or not.
 	markOrder = `UPDATE orders SET publish_at=NULL, direct=0, published_at=? WHERE attempts=? AND (status='dead')=? AND id IN `
 )
@@ -96,15 +107,17 @@ func (s *sqliteStore) prepare(ctx context.Context) error {
 		{&s.insertMany, s.db.Write, insertOrder + strings.Repeat(insertRow+",", manyRows-1) + insertRow + insertGuard},
 		{&s.insertOne, s.db.Write, insertOrder + insertRow + insertGuard},
 		{&s.updateOne, s.db.Write, updateOrder},
+		{&s.firstOne, s.db.Write, updateFirst},
+		{&s.release, s.db.Write, releaseOrder},
 		{&s.markMany, s.db.Write, markOrder + "(" + manyIDs + ")"},
 		{&s.markOne, s.db.Write, markOrder + "(?)"},
 		{&s.selectMany, s.db.Write, selectOrder + "WHERE id IN (" + manyIDs + ")"},
 		{&s.selectOne, s.db.Write, selectOrder + `WHERE id=?`},
-		{&s.countBy, s.db.Write, `INSERT INTO order_counts (status, n) VALUES (?, ?) ON CONFLICT (status) DO UPDATE SET n = n + excluded.n`},
+		{&s.countBy, s.db.Write, sqliteCount},
 		{&s.readOne, s.db.Read, selectOrder + `WHERE id=?`},
 		{&s.readDue, s.db.Read, `SELECT id, size FROM orders WHERE publish_at <= ? ORDER BY publish_at, id`},
-		{&s.readBodies, s.db.Read, selectBody + "WHERE id IN (" + manyIDs + ")"},
-		{&s.readBody, s.db.Read, selectBody + `WHERE id=?`},
+		{&s.readBodies, s.db.Read, selectDue + "WHERE id IN (" + manyIDs + ")"},
+		{&s.readBody, s.db.Read, selectDue + `WHERE id=?`},
 	} {
 		var err error
 		if *p.stmt, err = p.db.PrepareContext(ctx, p.text); err != nil {
@@ -138,8 +151,11 @@ func (s *sqliteStore) write(ctx context.Context, changes []*change) error {
 	if err != nil {
 		return fmt.Errorf("begin transaction: %w", err)
 	}
-	w := &sqliteWrite{store: s, tx: tx, delta: map[contract.Status]int64{}}
-	if err := w.all(ctx, changes); err != nil {
+	w := &sqliteWrite{store: s, tx: tx, statements: map[*sql.Stmt]*sql.Stmt{}, delta: map[contract.Status]int64{}}
+	// A statement here ends by itself, and when ctx ends database/sql rolls the
+	// transaction back between two of them. Given a context that can end, the
+	// driver starts a goroutine for each.
+	if err := w.all(context.WithoutCancel(ctx), changes); err != nil {
 		return errors.Join(err, rollback(tx))
 	}
 	if err := tx.Commit(); err != nil {
@@ -169,19 +185,32 @@ func (s *sqliteStore) add(delta map[contract.Status]int64) {
 
 // sqliteWrite is one transaction.
 type sqliteWrite struct {
-	store *sqliteStore
-	tx    *sql.Tx
-	delta map[contract.Status]int64 // change of the counts
+	store      *sqliteStore
+	tx         *sql.Tx
+	statements map[*sql.Stmt]*sql.Stmt   // the store's, as the transaction's
+	delta      map[contract.Status]int64 // change of the counts
+}
+
+// in returns the store's statement as one of the transaction.
+func (w *sqliteWrite) in(ctx context.Context, s *sql.Stmt) *sql.Stmt {
+	own := w.statements[s]
+	if own == nil {
+		own = w.tx.StmtContext(ctx, s)
+		w.statements[s] = own
+	}
+	return own
 }
 
 func (w *sqliteWrite) all(ctx context.Context, changes []*change) error {
-	var inserts, updates []*change
+	var inserts, firsts, updates []*change
 	marks := map[markedAs][]any{} // ids, by what else their marks say
 	for _, c := range changes {
 		c.found, c.changed = nil, false
 		switch {
 		case c.insert != nil:
 			inserts = append(inserts, c)
+		case c.update != nil && c.first:
+			firsts = append(firsts, c)
 		case c.update != nil:
 			updates = append(updates, c)
 		}
@@ -202,13 +231,22 @@ func (w *sqliteWrite) all(ctx context.Context, changes []*change) error {
 			}
 		}
 	}
+	for _, c := range firsts {
+		done, err := w.first(ctx, c)
+		if err != nil {
+			return fmt.Errorf("update order %s: %w", c.id, err)
+		}
+		if !done {
+			updates = append(updates, c)
+		}
+	}
 	for chunk := range chunks(updates) {
 		if err := w.update(ctx, chunk); err != nil {
 			return fmt.Errorf("update %d orders: %w", len(chunk), err)
 		}
 	}
 	for status, n := range w.delta {
-		if _, err := w.tx.StmtContext(ctx, w.store.countBy).ExecContext(ctx, string(status), n); err != nil {
+		if _, err := w.in(ctx, w.store.countBy).ExecContext(ctx, string(status), n); err != nil {
 			return fmt.Errorf("count orders: %w", err)
 		}
 	}
@@ -237,7 +275,7 @@ func (w *sqliteWrite) sized(ctx context.Context, n int, one, many *sql.Stmt) *sq
 	if n > 1 {
 		one = many
 	}
-	return w.tx.StmtContext(ctx, one)
+	return w.in(ctx, one)
 }
 
 // markedAs is what the orders of one statement have in common.
@@ -336,31 +374,18 @@ func (w *sqliteWrite) update(ctx context.Context, changes []*change) error {
 		return err
 	}
 	for _, c := range changes {
-		o := orders[c.id]
-		if o == nil {
-			continue
-		}
-		before := o.Status
-		switch c.update(o) {
+		switch o := orders[c.id]; c.perform(o, w.delta) {
 		case leave:
 		case save:
-			c.changed = true
-			w.delta[before]--
-			w.delta[o.Status]++
 			if err := w.put(ctx, o); err != nil {
 				return err
 			}
 		case remove:
-			c.changed = true
-			w.delta[before]--
 			if _, err := w.tx.ExecContext(ctx, `DELETE FROM orders WHERE id=?`, c.id[:]); err != nil {
 				return err
 			}
 			delete(orders, c.id)
-			continue
 		}
-		found := *o
-		c.found = &found
 	}
 	return nil
 }
@@ -386,15 +411,46 @@ func (w *sqliteWrite) load(ctx context.Context, changes []*change) (map[uuid.UUI
 	return orders, rows.Err()
 }
 
+// first updates an order that nobody has read, if it is what it should be then,
+// and reports whether it was.
+func (w *sqliteWrite) first(ctx context.Context, c *change) (bool, error) {
+	o := blank(c.id)
+	if c.update(o) != save {
+		return false, nil
+	}
+	changed, err := w.write(ctx, w.store.firstOne, o)
+	if err != nil || !changed {
+		return false, err
+	}
+	c.found, c.changed = o, true
+	w.delta[contract.StatusAccepted]--
+	w.delta[o.Status]++
+	return true, nil
+}
+
 func (w *sqliteWrite) put(ctx context.Context, o *order) error {
+	_, err := w.write(ctx, w.store.updateOne, o)
+	return err
+}
+
+// write runs updateOne or firstOne, and reports whether it changed the order.
+func (w *sqliteWrite) write(ctx context.Context, update *sql.Stmt, o *order) (bool, error) {
 	history, err := encodeHistory(o.History)
 	if err != nil {
-		return err
+		return false, err
 	}
-	_, err = w.tx.StmtContext(ctx, w.store.updateOne).ExecContext(ctx,
-		released(o), string(o.Status), o.Attempts, o.AttemptBase, o.Direct, micros(o.UpdatedAt), micros(o.FinishedAt),
+	res, err := w.in(ctx, update).ExecContext(ctx,
+		string(o.Status), o.Attempts, o.AttemptBase, o.Direct, micros(o.UpdatedAt), micros(o.FinishedAt),
 		micros(o.PublishAt), o.BackendStatus, o.BackendType, o.BackendBody, o.Problem, history, o.ID[:])
-	return err
+	if err != nil {
+		return false, err
+	}
+	n, err := res.RowsAffected()
+	if err != nil || n == 0 || !o.NumberReleased {
+		return n > 0, err
+	}
+	_, err = w.in(ctx, w.store.release).ExecContext(ctx, o.ID[:])
+	return true, err
 }
 
 func (s *sqliteStore) get(ctx context.Context, id uuid.UUID) (*order, error) {
@@ -414,16 +470,21 @@ func (s *sqliteStore) list(ctx context.Context, q query) ([]*order, error) {
 		where = append(where, condition)
 		args = append(args, values...)
 	}
+	if q.owner != "" && q.number == "" && (q.status == "" || q.status == contract.StatusSaved) {
+		// Says what orders_owner holds, so that the planner sees that it fits.
+		// Elsewhere other indexes fit better, and it would take this one.
+		add("owner<>''")
+	}
 	switch {
 	case q.status == "":
 	case q.status.Final():
 		add("status=?", string(q.status))
 	default:
-		// Says what orders_waiting holds, so that the planner sees that it fits.
+		// Likewise for orders_waiting.
 		add("status=? AND finished_at IS NULL", string(q.status))
 	}
 	if q.status == contract.StatusRejected || q.status == contract.StatusDead {
-		add("status IN ('rejected', 'dead')") // likewise for orders_failed
+		add("status IN ('rejected', 'dead')") // and for orders_failed
 	}
 	if q.number != "" {
 		add("number=?", q.number)
@@ -495,7 +556,7 @@ func (s *sqliteStore) dueIDs(ctx context.Context, now time.Time, limit, size int
 	return ids, rows.Err()
 }
 
-// bodies reads one or manyRows orders with their bodies.
+// bodies reads what is to be published of one or manyRows orders.
 func (s *sqliteStore) bodies(ctx context.Context, ids []uuid.UUID) (map[uuid.UUID]*order, error) {
 	stmt := s.readBody
 	if len(ids) > 1 {
@@ -505,19 +566,18 @@ func (s *sqliteStore) bodies(ctx context.Context, ids []uuid.UUID) (map[uuid.UUI
 	for _, id := range ids {
 		args = append(args, id[:])
 	}
-	rows, err := stmt.QueryContext(ctx, args...)
+	// Soon over, and so not worth the goroutines that could end it: see write.
+	rows, err := stmt.QueryContext(context.WithoutCancel(ctx), args...)
 	if err != nil {
 		return nil, err
 	}
 	defer rows.Close()
 	orders := make(map[uuid.UUID]*order, len(ids))
 	for rows.Next() {
-		var body []byte
-		o, err := scanOrder(rows, &body)
+		o, err := scanDue(rows)
 		if err != nil {
 			return nil, err
 		}
-		o.Body = body
 		orders[o.ID] = o
 	}
 	return orders, rows.Err()
@@ -638,11 +698,7 @@ func (s *sqliteStore) purge(ctx context.Context, finishedBefore time.Time, limit
 		return 0, errors.Join(fmt.Errorf("purge orders: %w", err), rollback(tx))
 	}
 	s.add(delta)
-	deleted := 0
-	for _, n := range delta {
-		deleted -= int(n)
-	}
-	return deleted, nil
+	return int(delta[statusPurged]), nil
 }
 
 func (s *sqliteStore) old(ctx context.Context, finishedBefore time.Time, limit int) ([]any, error) {
@@ -682,16 +738,36 @@ func purgeIn(ctx context.Context, tx *sql.Tx, finishedBefore time.Time, ids []an
 			return nil, err
 		}
 		delta[status]--
+		delta[statusPurged]++
 	}
 	if err := rows.Err(); err != nil {
 		return nil, err
 	}
 	for status, n := range delta {
-		if _, err := tx.ExecContext(ctx, `UPDATE order_counts SET n = n + ? WHERE status = ?`, n, string(status)); err != nil {
+		if _, err := tx.ExecContext(ctx, sqliteCount, string(status), n); err != nil {
 			return nil, err
 		}
 	}
 	return delta, nil
+}
+
+func (s *sqliteStore) sample(ctx context.Context, n int) (ids []uuid.UUID, err error) {
+	rows, err := s.db.Read.QueryContext(ctx, sqliteSample, n)
+	if err != nil {
+		return nil, fmt.Errorf("sample the waiting orders: %w", err)
+	}
+	defer rows.Close()
+	var raw sql.RawBytes
+	for rows.Next() {
+		if err := rows.Scan(&raw); err != nil {
+			return nil, fmt.Errorf("sample the waiting orders: %w", err)
+		}
+		ids = append(ids, uuid.UUID(raw))
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("sample the waiting orders: %w", err)
+	}
+	return ids, nil
 }
 
 // idAt returns the smallest id of an order accepted at that time (RFC 9562,
@@ -733,7 +809,7 @@ const pingBytes = 16 << 10
 
 func (s *sqliteStore) close() error {
 	var errs []error
-	for _, stmt := range []*sql.Stmt{s.insertMany, s.insertOne, s.updateOne, s.markMany, s.markOne, s.selectMany, s.selectOne, s.countBy, s.readOne, s.readDue, s.readBodies, s.readBody} {
+	for _, stmt := range []*sql.Stmt{s.insertMany, s.insertOne, s.updateOne, s.firstOne, s.release, s.markMany, s.markOne, s.selectMany, s.selectOne, s.countBy, s.readOne, s.readDue, s.readBodies, s.readBody} {
 		if stmt != nil {
 			errs = append(errs, stmt.Close())
 		}
@@ -751,8 +827,33 @@ func appendOrder(args []any, o *order) []any {
 // scanner is a *sql.Row or *sql.Rows.
 type scanner interface{ Scan(...any) error }
 
-// scanOrder reads the columns orderColumns, and those after them into more.
-func scanOrder(row scanner, more ...any) (*order, error) {
+// scanDue reads the columns of selectDue.
+func scanDue(row scanner) (*order, error) {
+	var (
+		o                 order
+		id                sql.RawBytes
+		history           sql.RawBytes
+		number            sql.NullString
+		accepted, updated int64
+		publish           sql.NullInt64
+	)
+	if err := row.Scan(&id, &number, &o.Status, &o.Attempts, &accepted, &updated, &publish, &o.TraceParent, &o.TraceState,
+		&o.BackendStatus, &history, &o.Size, &o.ContentType, &o.Body); err != nil {
+		return nil, err
+	}
+	copy(o.ID[:], id)
+	o.Number = number.String
+	o.AcceptedAt, o.UpdatedAt = time.UnixMicro(accepted).UTC(), time.UnixMicro(updated).UTC()
+	if publish.Valid {
+		o.PublishAt = time.UnixMicro(publish.Int64).UTC()
+	}
+	var err error
+	o.History, err = decodeHistory(o.ID, history)
+	return &o, err
+}
+
+// scanOrder reads the columns orderColumns.
+func scanOrder(row scanner) (*order, error) {
 	var (
 		o                           order
 		id, released, hash, history []byte
@@ -760,10 +861,9 @@ func scanOrder(row scanner, more ...any) (*order, error) {
 		accepted, updated           int64
 		finished, publish           sql.NullInt64
 	)
-	dest := []any{&id, &o.Owner, &number, &released, &key, &o.Status, &o.Attempts, &o.AttemptBase, &o.Direct,
+	if err := row.Scan(&id, &o.Owner, &number, &released, &key, &o.Status, &o.Attempts, &o.AttemptBase, &o.Direct,
 		&accepted, &updated, &finished, &publish, &o.TraceParent, &o.TraceState,
-		&o.BackendStatus, &o.BackendType, &o.BackendBody, &o.Problem, &history, &hash, &o.Size, &o.ContentType}
-	if err := row.Scan(append(dest, more...)...); err != nil {
+		&o.BackendStatus, &o.BackendType, &o.BackendBody, &o.Problem, &history, &hash, &o.Size, &o.ContentType); err != nil {
 		return nil, err
 	}
 	copy(o.ID[:], id)

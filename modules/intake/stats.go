@@ -3,7 +3,6 @@ package intake
 import (
 	"context"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
@@ -27,8 +26,6 @@ const rateSeconds = 10
 type stats struct {
 	acceptedRate rate
 	savedRate    rate
-	// retryAfter is what clients are told, in seconds.
-	retryAfter atomic.Int64
 
 	acceptedTotal  metric.Int64Counter
 	publishedTotal metric.Int64Counter
@@ -41,7 +38,6 @@ type stats struct {
 // gauges whenever somebody reads them, until close.
 func newStats(meter metric.Meter, s store) (*stats, error) {
 	st := &stats{}
-	st.retryAfter.Store(1)
 	var err error
 	if st.acceptedTotal, err = meter.Int64Counter("sluice.orders.accepted", metric.WithDescription("Orders committed to storage, those of POST /orders/sync included."), metric.WithUnit("{order}")); err != nil {
 		return nil, err
@@ -105,16 +101,6 @@ func (st *stats) finished(status contract.Status) {
 		st.savedRate.add(time.Now(), 1)
 	}
 	st.finishedTotal.Add(context.Background(), 1, metric.WithAttributes(attribute.String("status", string(status)))) // as above
-}
-
-// expect works out what clients are told to wait: how long the backlog takes
-// at the present pace, from a second to a minute.
-func (st *stats) expect(backlog int64) {
-	seconds := int64(1)
-	if pace := st.savedRate.perSecond(time.Now()); pace > 0 {
-		seconds = int64(float64(backlog) / pace)
-	}
-	st.retryAfter.Store(min(max(seconds, 1), 60))
 }
 
 func backlogOf(counts map[contract.Status]int64) int64 {

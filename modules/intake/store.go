@@ -18,7 +18,8 @@ import (
 // error. Methods are safe for concurrent use.
 type store interface {
 	// write applies the changes in one transaction: insertions first, then
-	// marks, then updates, each kind in the order given.
+	// marks, then updates (those of first attempts before the others), each
+	// kind in the order given.
 	write(ctx context.Context, changes []*change) error
 	// flushers is how many calls of write at the same time suit the store.
 	flushers() int
@@ -28,10 +29,10 @@ type store interface {
 	// list returns at most q.limit orders without bodies, newest first.
 	list(ctx context.Context, q query) ([]*order, error)
 
-	// claim returns orders with their bodies that the relay is to publish at
-	// time now, longest due first, except those that skip returns true for: at
-	// most limit, and no more once their bodies have reached size bytes (but at
-	// least one).
+	// claim returns orders that the relay is to publish at time now, with their
+	// bodies and all else that their messages are made of, longest due first,
+	// except those that skip returns true for: at most limit, and no more once
+	// their bodies have reached size bytes (but at least one).
 	//
 	// A store that several processes share gives each order to one of them: it
 	// is due again at the time until, unless it was marked, changed or renewed
@@ -59,8 +60,12 @@ type store interface {
 	carrier(ctx context.Context) (string, error)
 	setCarrier(ctx context.Context, name string) error
 
-	// counts returns the number of orders in each state. It does no I/O.
+	// counts returns the number of orders in each state, and as statusPurged
+	// that of those that were purged. It does no I/O.
 	counts() map[contract.Status]int64
+	// sample returns the ids of every n-th order that waits for its first
+	// attempt, oldest first. It looks at all of them, but at nothing else.
+	sample(ctx context.Context, n int) ([]uuid.UUID, error)
 	// oldestWaiting returns when the oldest unfinished order was accepted, or
 	// the zero time.
 	oldestWaiting(ctx context.Context) (time.Time, error)
@@ -92,9 +97,45 @@ type change struct {
 	// the update did not leave it as it was.
 	id     uuid.UUID
 	update func(*order) verdict
+	// first says that update is the outcome of the order's first attempt. Until
+	// then all orders are alike in what an outcome looks at, so a store may
+	// give update a blank one instead of reading the order; then found is
+	// that. What becomes of it counts only if the order is stored as accepted
+	// and never attempted, which it is once in its life; if not, update is
+	// called again, with the order as it is.
+	first bool
 
 	found   *order
 	changed bool
+}
+
+// blank is an order as it is until its first attempt has ended, as far as the
+// outcome of that depends on it.
+func blank(id uuid.UUID) *order { return &order{ID: id, Status: contract.StatusAccepted} }
+
+// perform lets the change have the order that it is about, nil if there is none,
+// fills in its results, and adds to the counts what it changed in them. What is
+// to be done with the order is the store's to do.
+func (c *change) perform(o *order, counts map[contract.Status]int64) verdict {
+	if o == nil {
+		return leave
+	}
+	before := o.Status
+	v := c.update(o)
+	switch v {
+	case leave:
+	case save:
+		c.changed = true
+		counts[before]--
+		counts[o.Status]++
+	case remove:
+		c.changed = true
+		counts[before]--
+		return remove
+	}
+	found := *o
+	c.found = &found
+	return v
 }
 
 // mark identifies a publication: that of an order after so many attempts, or
@@ -114,6 +155,10 @@ type query struct {
 	before uuid.UUID       // only older ones; uuid.Nil = from the newest on
 	limit  int
 }
+
+// statusPurged stands in the counts for orders that are not there any more. With
+// them, the counts tell how many orders have been accepted and finished.
+const statusPurged contract.Status = "purged"
 
 // errNotFound is returned by store.get.
 var errNotFound = fmt.Errorf("no such order")

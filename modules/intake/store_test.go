@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -223,6 +224,97 @@ var storeSuite = map[string]func(*testing.T, store){
 		mine.IdempotencyKey, yours.IdempotencyKey, yours.Owner = "k", "k", "you"
 		insertOrders(t, s, mine, yours)
 	},
+	"keeps what different owners do with a number and a key apart": func(t *testing.T, s store) {
+		var mine, yours []*order
+		for i := range 2*manyRows + 3 {
+			for _, o := range []struct {
+				owner string
+				list  *[]*order
+			}{{"me", &mine}, {"you", &yours}} {
+				one := testOrder(fmt.Sprintf("A-%d", i))
+				one.Owner, one.IdempotencyKey = o.owner, fmt.Sprintf("k-%d", i)
+				*o.list = append(*o.list, one)
+			}
+		}
+		insertOrders(t, s, slices.Concat(mine, yours)...)
+
+		// A repeat finds the order of its own owner, in a group with repeats of
+		// the other's, and whatever the hashes are.
+		var changes []*change
+		for i := range mine {
+			for _, first := range []*order{mine[i], yours[i]} {
+				byNumber, byKey := testOrder(first.Number), testOrder("")
+				byNumber.Owner, byKey.Owner, byKey.IdempotencyKey = first.Owner, first.Owner, first.IdempotencyKey
+				changes = append(changes, &change{insert: byNumber}, &change{insert: byKey})
+			}
+		}
+		writeAll(t, s, changes...)
+		for i, c := range changes {
+			require.False(t, c.changed)
+			want := mine[i/4]
+			if i%4 > 1 {
+				want = yours[i/4]
+			}
+			require.Equal(t, want.ID, c.found.ID)
+			require.Equal(t, want.Owner, c.found.Owner)
+		}
+
+		// A rejected order frees its number for its owner only.
+		update(t, s, mine[0].ID, func(o *order) verdict {
+			o.Status, o.NumberReleased, o.FinishedAt, o.PublishAt = contract.StatusRejected, true, now(), time.Time{}
+			return save
+		})
+		for _, again := range []struct {
+			owner   string
+			changed bool
+		}{{"you", false}, {"me", true}, {"me", false}} {
+			o := testOrder("A-0")
+			o.Owner = again.owner
+			c := &change{insert: o}
+			writeAll(t, s, c)
+			require.Equal(t, again.changed, c.changed, again.owner)
+			if !c.changed {
+				require.Equal(t, again.owner, c.found.Owner)
+			}
+		}
+	},
+	"lists the orders of their owner only, whatever is asked for": func(t *testing.T, s store) {
+		states := []contract.Status{contract.StatusAccepted, contract.StatusRetrying, contract.StatusSaved, contract.StatusRejected, contract.StatusDead}
+		own := map[string][]uuid.UUID{} // newest first
+		for i := range 30 {
+			owner := []string{"", "me", "you"}[i%3]
+			o := testOrder(fmt.Sprintf("A-%d", i/3))
+			o.Owner = owner
+			insertOrders(t, s, o)
+			update(t, s, o.ID, func(o *order) verdict {
+				if o.Status = states[i/3%5]; o.Status.Final() {
+					o.FinishedAt, o.PublishAt = now(), time.Time{}
+				}
+				return save
+			})
+			own[owner] = append([]uuid.UUID{o.ID}, own[owner]...)
+		}
+		for owner, mine := range own {
+			list := func(q query) []uuid.UUID {
+				q.owner, q.limit = owner, 100
+				page, err := s.list(t.Context(), q)
+				require.NoError(t, err)
+				return ids(page)
+			}
+			require.Equal(t, mine, list(query{}))
+			for i, id := range mine {
+				require.Equal(t, mine[i+1:], append([]uuid.UUID{}, list(query{before: id})...))
+				number := fmt.Sprintf("A-%d", 9-i)
+				require.Equal(t, []uuid.UUID{id}, list(query{number: number}))
+				require.Equal(t, []uuid.UUID{id}, list(query{number: number, status: states[(9-i)%5]}))
+				require.Empty(t, list(query{number: number, status: states[(10-i)%5]}))
+			}
+			for i, status := range states {
+				require.Equal(t, []uuid.UUID{mine[4-i], mine[9-i]}, list(query{status: status}))
+			}
+		}
+		require.Empty(t, func() []*order { page, _ := s.list(t.Context(), query{owner: "nobody", limit: 10}); return page }())
+	},
 	"finds the holder of a key before that of a number": func(t *testing.T, s store) {
 		byKey, byNumber, both := testOrder("A-1"), testOrder("A-2"), testOrder("A-2")
 		byKey.IdempotencyKey, both.IdempotencyKey = "k", "k"
@@ -327,6 +419,81 @@ var storeSuite = map[string]func(*testing.T, store){
 		require.ErrorIs(t, err, errNotFound)
 		require.Equal(t, int64(n-1), s.counts()[contract.StatusAccepted])
 	},
+	"takes over the outcome of a first attempt like any other": func(t *testing.T, s store) {
+		for _, kind := range []string{contract.TypeSaved, contract.TypeRejected, contract.TypeAttemptFailed} {
+			out := outcome(kind, 1)
+			out.StatusCode, out.ContentType, out.Body, out.Duration = 418, "text/plain", []byte("short and stout"), time.Second
+			twin, first := testOrder("A-"+kind), testOrder("B-"+kind)
+			twin.IdempotencyKey, first.IdempotencyKey = "a-"+kind, "b-"+kind
+			insertOrders(t, s, twin, first)
+			once := RetryConfig{MaxAttempts: 1}
+			writeAll(t, s, &change{id: twin.ID, update: func(o *order) verdict { return o.apply(out, t0, once) }})
+			c := &change{id: first.ID, first: true, update: func(o *order) verdict { return o.apply(out, t0, once) }}
+			writeAll(t, s, c)
+			want, err := s.get(t.Context(), twin.ID)
+			require.NoError(t, err)
+			got, err := s.get(t.Context(), first.ID)
+			require.NoError(t, err)
+			require.True(t, c.changed)
+			require.Equal(t, first.ID, c.found.ID)
+			require.Equal(t, got.Status, c.found.Status)
+			require.Equal(t, got.PublishAt, c.found.PublishAt)
+			require.Equal(t, first.Number, got.Number)
+			require.Equal(t, first.IdempotencyKey, got.IdempotencyKey)
+			want.ID, want.Number, want.IdempotencyKey, want.AcceptedAt, want.Hash, want.Size = got.ID, got.Number, got.IdempotencyKey, got.AcceptedAt, got.Hash, got.Size
+			require.Equal(t, want, got)
+		}
+		require.Equal(t, map[contract.Status]int64{contract.StatusSaved: 2, contract.StatusRejected: 2, contract.StatusDead: 2}, nonZero(s.counts()))
+		again := testOrder("B-" + contract.TypeRejected) // whose number is free
+		insertOrders(t, s, again)
+	},
+	"does not let the outcome of a first attempt wipe out what came later": func(t *testing.T, s store) {
+		once := RetryConfig{MaxAttempts: 1}
+		first := func(o *order, kind string) *change {
+			return &change{id: o.ID, first: true, update: func(o *order) verdict { return o.apply(outcome(kind, 1), t0, once) }}
+		}
+		removed, replayed, saved, tried, twice := testOrder("A-1"), testOrder("A-2"), testOrder("A-3"), testOrder("A-4"), testOrder("A-5")
+		insertOrders(t, s, removed, replayed, saved, tried, twice)
+		update(t, s, removed.ID, func(*order) verdict { return remove })
+		update(t, s, replayed.ID, func(o *order) verdict { return o.apply(outcome(contract.TypeAttemptFailed, 1), t0, once) })
+		update(t, s, replayed.ID, func(o *order) verdict { return o.replay(t0) })
+		update(t, s, saved.ID, func(o *order) verdict { return o.apply(outcome(contract.TypeSaved, 1), t0, once) })
+		for n := range 2 {
+			update(t, s, tried.ID, func(o *order) verdict { return o.apply(outcome(contract.TypeAttemptFailed, n+1), t0, threeTry) })
+		}
+		before := map[uuid.UUID]*order{}
+		for _, o := range []*order{replayed, saved, tried} {
+			var err error
+			before[o.ID], err = s.get(t.Context(), o.ID)
+			require.NoError(t, err)
+		}
+
+		gone, late, repeated, rejected := first(removed, contract.TypeSaved), first(replayed, contract.TypeAttemptFailed), first(saved, contract.TypeSaved), first(tried, contract.TypeRejected)
+		earlier, later := first(twice, contract.TypeSaved), first(twice, contract.TypeRejected)
+		writeAll(t, s, gone, late, repeated, rejected, earlier, later)
+		require.Nil(t, gone.found)
+		for _, c := range []*change{late, repeated, rejected} {
+			require.False(t, c.changed)
+			require.Equal(t, before[c.id], c.found)
+			after, err := s.get(t.Context(), c.id)
+			require.NoError(t, err)
+			require.Equal(t, before[c.id], after)
+		}
+		require.True(t, earlier.changed)
+		require.False(t, later.changed)
+		require.Equal(t, contract.StatusSaved, later.found.Status)
+
+		// News of a save counts, and keeps what is known of the later attempts.
+		c := first(tried, contract.TypeSaved)
+		writeAll(t, s, c)
+		require.True(t, c.changed)
+		o, err := s.get(t.Context(), tried.ID)
+		require.NoError(t, err)
+		require.Equal(t, contract.StatusSaved, o.Status)
+		require.Equal(t, 2, o.Attempts)
+		require.Len(t, o.History, 3)
+		require.Equal(t, map[contract.Status]int64{contract.StatusSaved: 3, contract.StatusRetrying: 1}, nonZero(s.counts()))
+	},
 	"hands out what is due, longest due first, with bodies": func(t *testing.T, s store) {
 		a, b, c, d := testOrder("A"), testOrder("B"), testOrder("C"), testOrder("D")
 		base := a.AcceptedAt
@@ -403,6 +570,29 @@ var storeSuite = map[string]func(*testing.T, store){
 		require.NoError(t, err)
 		require.Equal(t, b.AcceptedAt, oldest)
 	},
+	"samples what waits for its first attempt, oldest first": func(t *testing.T, s store) {
+		var waiting []uuid.UUID
+		for i := range 10 {
+			o := testOrder("")
+			insertOrders(t, s, o)
+			switch i {
+			case 2:
+				update(t, s, o.ID, finishAs(contract.StatusSaved))
+			case 5:
+				update(t, s, o.ID, func(o *order) verdict { o.Status = contract.StatusRetrying; return save })
+			default:
+				waiting = append(waiting, o.ID)
+			}
+		}
+		every := func(n int) []uuid.UUID {
+			ids, err := s.sample(t.Context(), n)
+			require.NoError(t, err)
+			return ids
+		}
+		require.Equal(t, waiting, every(1))
+		require.Equal(t, []uuid.UUID{waiting[2], waiting[5]}, every(3))
+		require.Empty(t, every(9))
+	},
 	"lists newest first, by page, status, number and owner": func(t *testing.T, s store) {
 		var all []uuid.UUID
 		for i := range 7 {
@@ -467,7 +657,7 @@ var storeSuite = map[string]func(*testing.T, store){
 		left, err := s.list(t.Context(), query{limit: 10})
 		require.NoError(t, err)
 		require.ElementsMatch(t, []uuid.UUID{fresh.ID, waiting.ID}, ids(left))
-		require.Equal(t, map[contract.Status]int64{contract.StatusAccepted: 1, contract.StatusSaved: 1}, nonZero(s.counts()))
+		require.Equal(t, map[contract.Status]int64{contract.StatusAccepted: 1, contract.StatusSaved: 1, statusPurged: 2}, nonZero(s.counts()))
 		insertOrders(t, s, testOrder("A"))
 	},
 	"lets readers and writers go on at once": func(t *testing.T, s store) {

@@ -2,9 +2,10 @@ package intake
 
 import (
 	"context"
+	"time"
 
 	"sluice/modules/contract"
-	"sluice/platform/database"
+	"sluice/platform/group"
 )
 
 // groupSize is the most changes in one transaction. It bounds how long one
@@ -14,20 +15,20 @@ const groupSize = 1024
 // writer is the one road to the store's write: it makes groups of concurrent
 // changes and tells the rest of the module what was committed.
 type writer struct {
-	group *database.Group[*change]
+	group *group.Group[*change]
 }
 
 // newWriter returns a writer that calls committed after each transaction,
 // before the callers of do go on. It does so on as many goroutines as the store
 // has flushers.
 func newWriter(s store, committed func([]*change)) *writer {
-	return &writer{group: database.NewGroup(groupSize, s.flushers(), func(ctx context.Context, changes []*change) error {
+	return &writer{group: group.New(group.Config[*change]{Size: groupSize, Flushers: s.flushers(), Flush: func(ctx context.Context, changes []*change) error {
 		if err := s.write(ctx, changes); err != nil {
 			return err
 		}
 		committed(changes)
 		return nil
-	})}
+	}})}
 }
 
 // do makes the change durable and fills in its results. It waits for the
@@ -36,6 +37,14 @@ func newWriter(s store, committed func([]*change)) *writer {
 func (w *writer) do(ctx context.Context, c *change) error {
 	return w.group.Do(ctx, c)
 }
+
+// submit is do without the waiting: what it returns waits.
+func (w *writer) submit(ctx context.Context, c *change) (submission, error) {
+	return w.group.Add(ctx, c)
+}
+
+// submission is a change on its way to the disk.
+type submission = group.Pending[*change]
 
 // close waits for the last group.
 func (w *writer) close() { w.group.Close() }
@@ -55,12 +64,13 @@ func (m *Module) committed(changes []*change) {
 	if wake {
 		m.relay.nudge()
 	}
+	m.outlook.look(time.Now())
 }
 
 // updated follows one committed update, and reports whether there is something
 // for the relay to do.
 func (m *Module) updated(c *change) bool {
-	m.waiters.notify(c.id)
+	m.waiters.notify(c.id, c.found)
 	if c.found == nil {
 		return false
 	}

@@ -39,7 +39,8 @@ type PostgresConfig struct {
 // Postgres is an open PostgreSQL database. It is safe for concurrent use.
 type Postgres struct {
 	write, read *sql.DB
-	place       string // host:port/database, for errors
+	listen      *pgx.ConnConfig // of Listen
+	place       string          // host:port/database, for errors
 }
 
 const (
@@ -107,6 +108,7 @@ func OpenPostgres(ctx context.Context, cfg PostgresConfig) (*Postgres, error) {
 func (db *Postgres) open(ctx context.Context, conf *pgx.ConnConfig, cfg PostgresConfig) error {
 	db.write = postgresPool(conf, cfg.Settings, postgresWriteTimeout, postgresWriteConnections)
 	db.read = postgresPool(conf, cfg.Settings, postgresReadTimeout, postgresReadConnections)
+	db.listen = postgresConnection(conf, cfg.Settings, postgresReadTimeout)
 	if err := db.await(ctx, cfg.Logger); err != nil {
 		return err
 	}
@@ -125,6 +127,15 @@ func (db *Postgres) open(ctx context.Context, conf *pgx.ConnConfig, cfg Postgres
 // postgresPool returns connections whose statements take no longer than limit,
 // or as long as they like if it is 0. It does not connect.
 func postgresPool(conf *pgx.ConnConfig, settings map[string]string, limit time.Duration, size int) *sql.DB {
+	pool := stdlib.OpenDB(*postgresConnection(conf, settings, limit))
+	pool.SetMaxOpenConns(size)
+	pool.SetMaxIdleConns(size)
+	pool.SetConnMaxIdleTime(postgresIdleTime)
+	return pool
+}
+
+// postgresConnection returns how to connect.
+func postgresConnection(conf *pgx.ConnConfig, settings map[string]string, limit time.Duration) *pgx.ConnConfig {
 	conf = conf.Copy()
 	ours := map[string]string{
 		"application_name":  "sluice",
@@ -139,12 +150,7 @@ func postgresPool(conf *pgx.ConnConfig, settings map[string]string, limit time.D
 	maps.Copy(ours, conf.RuntimeParams) // the DSN has the last word
 	conf.RuntimeParams = ours
 	conf.DialFunc = postgresDialer().DialContext
-
-	pool := stdlib.OpenDB(*conf)
-	pool.SetMaxOpenConns(size)
-	pool.SetMaxIdleConns(size)
-	pool.SetConnMaxIdleTime(postgresIdleTime)
-	return pool
+	return conf
 }
 
 // postgresDialer notices a cut network, with a question under way or without.

@@ -1,10 +1,9 @@
-// Package database opens databases, migrates them and groups writes.
+// Package database opens databases and migrates them.
 //
 // It knows nothing of what is stored. Stores (modules/intake) bring their own
 // migrations and statements; what they share is here: how a SQLite file is
-// opened so that a commit is durable and a second process is refused, how a
-// PostgreSQL is waited for, and tried again when it was away, and the group
-// commit that makes one transaction of many concurrent requests.
+// opened so that a commit is durable and a second process is refused, and how a
+// PostgreSQL is waited for, and tried again when it was away.
 package database
 
 import (

@@ -1,7 +1,6 @@
 package pubsub
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -91,6 +90,7 @@ func (b *amqpBroker) connect(ctx context.Context, purpose string) (*amqpLink, er
 	if err != nil {
 		if link.conn != nil {
 			link.conn.cut()
+			link.conn.wait()
 		}
 		return nil, err
 	}
@@ -115,8 +115,7 @@ func (l *amqpLink) dial(ctx context.Context, address string, config *tls.Config)
 		}
 		conn = secured
 	}
-	l.conn = &amqpConn{Conn: conn, link: l}
-	l.conn.heard.Store(time.Now().UnixNano())
+	l.conn = newAMQPConn(conn, l)
 	return l.conn, nil
 }
 
@@ -191,49 +190,12 @@ func (l *amqpLink) close(graceful bool) {
 	defer l.gate.Unlock()
 	_ = l.wrapper.Close()
 	l.conn.cut()
+	l.conn.wait()
 }
 
 // silent reports whether the broker has said nothing for longer than it may.
 func (l *amqpLink) silent() bool {
 	return time.Since(time.Unix(0, l.conn.heard.Load())) > amqpHeartbeat
-}
-
-// amqpConn tells its link of the connection's end before the library learns of
-// it, so that nobody enters the library while it clears up.
-type amqpConn struct {
-	net.Conn
-	link  *amqpLink
-	heard atomic.Int64 // when the broker last said something, in Unix nanoseconds
-}
-
-func (c *amqpConn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	if n > 0 {
-		c.heard.Store(time.Now().UnixNano())
-	}
-	if err != nil {
-		c.link.fail(fmt.Errorf("%w: %w", errLinkLost, err))
-	}
-	return n, err
-}
-
-// cut ends the connection without a word.
-func (c *amqpConn) cut() { _ = c.Close() }
-
-// closeOK is the frame with which the library answers a broker that closes the
-// connection; it acts on it when the answer is written.
-var closeOK = []byte{1, 0, 0, 0, 0, 0, 4, 0, 10, 0, 51, 0xCE}
-
-func (c *amqpConn) Write(p []byte) (int, error) {
-	c.link.touch()
-	if bytes.HasSuffix(p, closeOK) {
-		c.link.fail(fmt.Errorf("%w: closed by the broker", errLinkLost))
-	}
-	n, err := c.Conn.Write(p)
-	if err != nil {
-		c.link.fail(fmt.Errorf("%w: %w", errLinkLost, err))
-	}
-	return n, err
 }
 
 // keep makes a connection, has it used, and makes another one when use returns

@@ -1,7 +1,6 @@
 package pubsub
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"strconv"
@@ -17,6 +16,10 @@ const (
 	headerDeliveryCount = "x-delivery-count" // by quorum queues, from the second delivery on
 )
 
+// keyDelivery is the metadata key under which a delivery carries its number
+// through the library. Consumers do not see it.
+const keyDelivery = "sluice_delivery"
+
 // Limits of the protocol. Passing one costs the connection, so what would is
 // refused before.
 const (
@@ -28,36 +31,42 @@ const (
 // cancels a consumer. It ends the library's subscription, which begins anew.
 var errGhost = errors.New("the broker cancelled the consumer")
 
-type sequenceKey struct{}
-
 // amqpMarshaler takes metadata to headers and back, byte for byte. It refuses no
 // delivery: the library requeues what is refused, at once and for ever.
 type amqpMarshaler struct {
 	marshalled func()
 }
 
-// Marshal implements wamqp.Marshaler.
+type publishingKey struct{}
+
+// Marshal implements wamqp.Marshaler. What is published was made before: the
+// caller of Publish may have given up by now, and be changing its message.
 func (m amqpMarshaler) Marshal(msg *message.Message) (amqp.Publishing, error) {
 	m.marshalled()
+	made, ok := msg.Context().Value(publishingKey{}).(*amqp.Publishing)
+	if !ok {
+		return amqp.Publishing{}, errors.New("message of somebody else")
+	}
+	return *made, nil
+}
+
+// marshal makes a publishing of a message. number is what it is known by if it
+// comes back.
+func marshal(msg *message.Message, number string) (*amqp.Publishing, error) {
 	headers := make(amqp.Table, len(msg.Metadata)+1)
 	size := len(msg.UUID)
 	for key, value := range msg.Metadata {
 		if len(key) > longestHeaderKey {
-			return amqp.Publishing{}, fmt.Errorf("metadata key of %d bytes, %d are possible", len(key), longestHeaderKey)
+			return nil, fmt.Errorf("metadata key of %d bytes, %d are possible", len(key), longestHeaderKey)
 		}
 		headers[key] = value
 		size += len(key) + len(value)
 	}
 	if size > largestHeaders {
-		return amqp.Publishing{}, fmt.Errorf("id and metadata of %d bytes, %d are possible", size, largestHeaders)
+		return nil, fmt.Errorf("id and metadata of %d bytes, %d are possible", size, largestHeaders)
 	}
 	headers[headerID] = msg.UUID
-	return amqp.Publishing{
-		Headers:       headers,
-		DeliveryMode:  amqp.Persistent,
-		CorrelationId: sequence(msg.Context()),
-		Body:          msg.Payload,
-	}, nil
+	return &amqp.Publishing{Headers: headers, DeliveryMode: amqp.Persistent, CorrelationId: number, Body: msg.Payload}, nil
 }
 
 // Unmarshal implements wamqp.Marshaler.
@@ -106,10 +115,4 @@ func deliveryNumber(d amqp.Delivery) int64 {
 		before = max(before, 1)
 	}
 	return 1 + before
-}
-
-// sequence is the number of a publishing, by which it is known if it comes back.
-func sequence(ctx context.Context) string {
-	number, _ := ctx.Value(sequenceKey{}).(string)
-	return number
 }

@@ -38,8 +38,9 @@ type amqpSender struct {
 	link     *amqpLink
 	groups   func(topic string) []string
 	library  *wamqp.Publisher
-	slots    chan struct{} // one element per call of the library
-	timeouts atomic.Int64  // since the last confirmation
+	jobs     chan *amqpJob // for the workers
+	workers  sync.WaitGroup
+	timeouts atomic.Int64 // since the last confirmation
 	sequence atomic.Int64
 
 	channels []*amqp.Channel      // the library's pool
@@ -48,6 +49,14 @@ type amqpSender struct {
 	mu       sync.Mutex
 	declared map[string]bool // topics
 	returned map[string]bool // sequence numbers
+}
+
+// amqpJob is one message for a worker.
+type amqpJob struct {
+	topic  string
+	number string           // by which it is known if it comes back
+	msg    *message.Message // for the library
+	done   chan error
 }
 
 // publishOn returns what a link is used for to publish on it.
@@ -70,6 +79,7 @@ func (b *amqpBroker) publishOn(ready func()) func(context.Context, *amqpLink) er
 		// channel that was closed in good order, which it does not expect and
 		// panics. Its channels end with the connection.
 		link.close(err == nil)
+		sender.workers.Wait()
 		return err
 	}
 }
@@ -79,11 +89,11 @@ func (b *amqpBroker) newSender(link *amqpLink) (*amqpSender, error) {
 		cfg:      b.cfg,
 		link:     link,
 		groups:   b.groups,
-		slots:    make(chan struct{}, amqpPool),
+		jobs:     make(chan *amqpJob),
 		declared: make(map[string]bool),
 		returned: make(map[string]bool),
 	}
-	return s, link.do(func() (err error) {
+	err := link.do(func() (err error) {
 		for _, topic := range b.topics() {
 			if err := s.declare(topic); err != nil {
 				return err
@@ -102,6 +112,27 @@ func (b *amqpBroker) newSender(link *amqpLink) (*amqpSender, error) {
 		}
 		return nil
 	})
+	if err != nil {
+		return nil, err
+	}
+	for range amqpPool {
+		s.workers.Go(s.work)
+	}
+	return s, nil
+}
+
+// work publishes one message after the other. It is not the caller who does: the
+// library cannot be told to stop waiting, only be left alone. And a goroutine
+// that lasts has grown its stack once and for all.
+func (s *amqpSender) work() {
+	for {
+		select {
+		case job := <-s.jobs:
+			job.done <- s.link.do(func() error { return s.send(job) })
+		case <-s.link.lost:
+			return
+		}
+	}
 }
 
 // ExchangeDeclare implements wamqp.TopologyBuilder. It declares nothing, which
@@ -122,23 +153,22 @@ func (s *amqpSender) BuildTopology(*amqp.Channel, wamqp.BuildTopologyParams, wam
 
 // publish waits until msg is confirmed, refused, the link is lost or ctx ends.
 func (s *amqpSender) publish(ctx context.Context, topic string, msg *message.Message) error {
+	number := strconv.FormatInt(s.sequence.Add(1), 10)
+	made, err := marshal(msg, number)
+	if err != nil {
+		return err
+	}
+	job := &amqpJob{topic: topic, number: number, msg: &message.Message{UUID: msg.UUID}, done: make(chan error, 1)}
+	job.msg.SetContext(context.WithValue(context.WithoutCancel(ctx), publishingKey{}, made))
 	select {
-	case s.slots <- struct{}{}:
+	case s.jobs <- job:
 	case <-s.link.lost:
 		return s.link.err()
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	number := strconv.FormatInt(s.sequence.Add(1), 10)
-	sent := msg.Copy()
-	sent.SetContext(context.WithValue(context.WithoutCancel(ctx), sequenceKey{}, number))
-	result := make(chan error, 1)
-	go func() { // the library cannot be told to stop waiting, only be left alone
-		defer func() { <-s.slots }()
-		result <- s.link.do(func() error { return s.send(topic, number, sent) })
-	}()
 	select {
-	case err := <-result:
+	case err := <-job.done:
 		if err == nil {
 			s.timeouts.Store(0)
 		}
@@ -159,15 +189,16 @@ func (s *amqpSender) timedOut() {
 	}
 }
 
-func (s *amqpSender) send(topic, number string, msg *message.Message) error {
+func (s *amqpSender) send(job *amqpJob) error {
+	topic := job.topic
 	if err := s.ensure(topic); err != nil {
 		return s.failure(err)
 	}
 	for range 2 {
-		if err := s.library.Publish(topic, msg); err != nil {
+		if err := s.library.Publish(topic, job.msg); err != nil {
 			return s.failure(err)
 		}
-		if !s.cameBack(number) {
+		if !s.cameBack(job.number) {
 			return nil
 		}
 		// No queue took it: they are gone, or nobody is known to want it.

@@ -213,7 +213,8 @@ func (s *amqpSource) nack(d delivery) {
 // took it.
 func (s *amqpSource) release(d delivery) { s.nack(d) }
 
-// wait returns when the answer is on the wire, or has nowhere to go any more.
+// wait returns when the answer has been handed to the connection, which writes
+// before it closes, or has nowhere to go any more.
 func (s *amqpSource) wait(d delivery) {
 	select {
 	case <-d.settled:

@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -89,6 +90,53 @@ func BenchmarkAMQPPublish(b *testing.B) {
 			require.NoError(b, p.Close())
 		})
 	}
+}
+
+// BenchmarkAMQPThroughput sends messages from 64 publishers through RabbitMQ to
+// 64 consumers that ack at once, and prints what that costs this process. With a
+// classic queue the disk has no part in it.
+//
+//	go test -run '^$' -bench AMQPThroughput -benchtime 30000x ./platform/pubsub
+func BenchmarkAMQPThroughput(b *testing.B) {
+	const concurrency = 64
+	cfg := amqpConfig(b)
+	cfg.AMQP.QueueType = pubsub.QueueClassic
+	p, err := pubsub.Open(b.Context(), cfg, pubsub.Topology{"topic": {"g"}}, slog.New(slog.DiscardHandler))
+	require.NoError(b, err)
+	sub := p.Subscriber("g", concurrency)
+	out, err := sub.Subscribe(b.Context(), "topic")
+	require.NoError(b, err)
+	var next atomic.Int64
+	var all sync.WaitGroup
+	b.ReportAllocs()
+	b.ResetTimer()
+	before := cpuTime(b)
+	for range concurrency {
+		all.Go(func() {
+			for next.Add(1) <= int64(b.N) {
+				if err := p.Publisher().Publish("topic", benchmarkMessage()); err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for range b.N {
+		(<-out).Ack()
+	}
+	all.Wait()
+	require.NoError(b, sub.Drain(b.Context()))
+	b.ReportMetric(float64((cpuTime(b)-before).Microseconds())/float64(b.N), "cpu-µs/msg")
+	b.StopTimer()
+	require.NoError(b, p.Close())
+}
+
+// cpuTime returns what this process has used.
+func cpuTime(b *testing.B) time.Duration {
+	b.Helper()
+	var used syscall.Rusage
+	require.NoError(b, syscall.Getrusage(syscall.RUSAGE_SELF, &used))
+	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
 }
 
 // BenchmarkAMQPDrain drains a backlog with handlers of 50 ms, and prints the

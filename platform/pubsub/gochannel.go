@@ -4,19 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"strconv"
 	"sync"
-	"sync/atomic"
 
 	"github.com/ThreeDotsLabs/watermill/message"
-	"github.com/ThreeDotsLabs/watermill/pubsub/gochannel"
 )
-
-// keyDelivery is the metadata key under which a message carries its number
-// through the library. Message ids do not do: they may be empty, and the same
-// message can be published twice. Consumers do not see it.
-const keyDelivery = "sluice_delivery"
 
 // errGroupStopped fails those who wait for the ack of a group that will not
 // come.
@@ -25,7 +16,7 @@ var errGroupStopped = errors.New("consumer group stopped before it took the mess
 // GoChannelConfig holds the settings of the broker inside the process.
 type GoChannelConfig struct {
 	// Window is the most messages that a publisher may have published and
-	// unfinished, at least 1: each costs two goroutines. Default: 10000.
+	// unfinished, at least 1: they are held in memory. Default: 10000.
 	Window int `koanf:"window"`
 }
 
@@ -40,28 +31,23 @@ func (c GoChannelConfig) validate() error {
 	return nil
 }
 
-// goChannel is Watermill's GoChannel with consumer groups that are known by
-// name, confirmation, and an error where the library drops a message.
+// goChannel is a broker inside the process: a queue for each consumer group,
+// first come, first served, with confirmation, and an error where nobody would
+// take a message. It stands where Watermill's GoChannel could, which spends two
+// goroutines, two copies and most of its time on every message that waits
+// (ADR 19).
 type goChannel struct {
-	library  *gochannel.GoChannel
-	sequence atomic.Uint64
-	closing  <-chan struct{} // the PubSub's
+	closing <-chan struct{} // the PubSub's
+	feeders sync.WaitGroup
 
-	// mu is held for reading while a message goes to the library, so that the
-	// groups that are waited for are the groups that get it.
+	// mu is held for reading while messages are queued, so that the groups
+	// that are waited for are the groups that get them.
 	mu     sync.RWMutex
 	topics map[string]map[string]*goSource // by topic, then by group
 }
 
-func openGoChannel(closing <-chan struct{}, logger *slog.Logger) *goChannel {
-	return &goChannel{
-		// No buffer: a message in it would be taken, but in nobody's slot. Not
-		// BlockPublishUntilSubscriberAck: it holds a lock of the topic while
-		// it waits, so that one message at a time would be on its way.
-		library: gochannel.NewGoChannel(gochannel.Config{}, Logger(logger)),
-		closing: closing,
-		topics:  make(map[string]map[string]*goSource),
-	}
+func openGoChannel(closing <-chan struct{}) *goChannel {
+	return &goChannel{closing: closing, topics: make(map[string]map[string]*goSource)}
 }
 
 func (g *goChannel) publish(topic string, msgs []*message.Message) error {
@@ -76,53 +62,55 @@ func (g *goChannel) confirm(topic string, msgs []*message.Message) error {
 	}
 	for i, w := range waits {
 		if err := w.wait(msgs[i].Context(), g.closing); err != nil {
-			forget(waits[i:])
 			return fmt.Errorf("confirm message %s on %s: %w", msgs[i].UUID, topic, err)
 		}
 	}
 	return nil
 }
 
-// send gives copies of the messages to the library, which does not block. With
+// send queues copies of the messages for each group; it does not block. With
 // confirm it returns one confirmation for each message.
 func (g *goChannel) send(topic string, msgs []*message.Message, confirm bool) ([]*confirmation, error) {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
 	sources := g.topics[topic]
-	if !anyTaking(sources) {
-		return nil, g.refusal(topic, ErrNoSubscriber)
+	if err := canTake(sources, confirm); err != nil {
+		if isClosed(g.closing) {
+			err = ErrClosed // which is why the groups stopped
+		}
+		return nil, fmt.Errorf("publish to %s: %w", topic, err)
 	}
-
-	copies := make([]*message.Message, len(msgs))
 	var waits []*confirmation
-	for i, msg := range msgs {
-		id := strconv.FormatUint(g.sequence.Add(1), 10)
-		copies[i] = msg.Copy()
-		copies[i].Metadata.Set(keyDelivery, id)
-		if !confirm {
-			continue
+	for _, msg := range msgs {
+		var w *confirmation
+		if confirm {
+			w = &confirmation{done: make(chan struct{}), missing: len(sources)}
+			waits = append(waits, w)
 		}
-		w, err := expect(id, sources)
-		if err != nil {
-			forget(waits)
-			return nil, g.refusal(topic, err)
+		content := contentOf(msg)
+		for _, s := range sources {
+			s.push(&entry{content: content, wait: w})
 		}
-		waits = append(waits, w)
-	}
-	if err := g.library.Publish(topic, copies...); err != nil {
-		forget(waits)
-		return nil, g.refusal(topic, err)
 	}
 	return waits, nil
 }
 
-// refusal says why a publish did not happen. Once the PubSub closes, that is
-// the reason for all else.
-func (g *goChannel) refusal(topic string, err error) error {
-	if isClosed(g.closing) {
-		err = ErrClosed
+// canTake says why a message sent now would reach none of the groups or, if all
+// are wanted, not all of them.
+func canTake(sources map[string]*goSource, all bool) error {
+	taking := 0
+	for group, s := range sources {
+		switch {
+		case s.taking():
+			taking++
+		case all:
+			return fmt.Errorf("consumer group %s has stopped: %w", group, ErrNoSubscriber)
+		}
 	}
-	return fmt.Errorf("publish to %s: %w", topic, err)
+	if taking == 0 {
+		return ErrNoSubscriber
+	}
+	return nil
 }
 
 func (g *goChannel) subscribe(ctx context.Context, d demand) (<-chan *message.Message, source, error) {
@@ -132,18 +120,17 @@ func (g *goChannel) subscribe(ctx context.Context, d demand) (<-chan *message.Me
 		return nil, nil, ErrClosed
 	}
 	if _, ok := g.topics[d.topic][d.group]; ok {
-		return nil, nil, errors.New("the group is subscribed already, and would get a second copy of each message")
+		return nil, nil, errors.New("the group is subscribed already, and its messages would go to either of the two")
 	}
-	messages, err := g.library.Subscribe(ctx, d.topic)
-	if err != nil {
-		return nil, nil, err
-	}
-	src := &goSource{broker: g, group: d.group, topic: d.topic, ended: ctx.Done(), entries: make(map[string]*entry)}
+	src := &goSource{broker: g, group: d.group, topic: d.topic, ended: ctx.Done(),
+		arrived: make(chan struct{}, 1), offered: make(map[*message.Message]*entry)}
 	if g.topics[d.topic] == nil {
 		g.topics[d.topic] = make(map[string]*goSource)
 	}
 	g.topics[d.topic][d.group] = src
-	return messages, src, nil
+	out := make(chan *message.Message)
+	g.feeders.Go(func() { src.feed(ctx, out) })
+	return out, src, nil
 }
 
 func (g *goChannel) remove(src *goSource) {
@@ -162,69 +149,140 @@ func (g *goChannel) health(context.Context) error {
 	return nil
 }
 
+// close waits for the feeders, whose subscriptions have ended.
 func (g *goChannel) close() error {
-	if err := g.library.Close(); err != nil {
-		return fmt.Errorf("close go channels: %w", err)
-	}
+	g.feeders.Wait()
 	return nil
 }
 
-// goSource is one group's subscription to one topic.
+// content is what every delivery of a message is made of, for all groups. It is
+// never changed.
+type content struct {
+	uuid     string
+	payload  message.Payload
+	metadata []field
+}
+
+// field is one element of a message's metadata. A list of them is cheaper to
+// make and to keep than a map.
+type field struct{ key, value string }
+
+func contentOf(msg *message.Message) *content {
+	c := &content{uuid: msg.UUID, payload: msg.Payload, metadata: make([]field, 0, len(msg.Metadata))}
+	for key, value := range msg.Metadata {
+		c.metadata = append(c.metadata, field{key, value})
+	}
+	return c
+}
+
+// message makes a message whose ack nobody waits for.
+func (c *content) message(ctx context.Context) *message.Message {
+	metadata := make(message.Metadata, len(c.metadata)+1) // the mark of a redelivery
+	for _, f := range c.metadata {
+		metadata[f.key] = f.value
+	}
+	msg := &message.Message{UUID: c.uuid, Payload: c.payload, Metadata: metadata}
+	msg.SetContext(ctx)
+	return msg
+}
+
+// goSource is one group's subscription to one topic: its queue, and what of it
+// is with the consumer.
 type goSource struct {
-	broker *goChannel
-	group  string
-	topic  string
-	ended  <-chan struct{} // closed when the library's subscription ends
+	broker  *goChannel
+	group   string
+	topic   string
+	ended   <-chan struct{} // closed when the subscription ends
+	arrived chan struct{}   // holds an element when the queue may not be empty
 
 	mu      sync.Mutex
 	stopped bool // takes no further messages
-	entries map[string]*entry
+	queue   []*entry
+	offered map[*message.Message]*entry // by the message that the feeder made of it
 }
 
-// entry is a message that is with the consumer, that was nacked, or that a
-// publisher waits for.
+// entry is a message of one group, from its publication to its ack.
 type entry struct {
+	content    *content
+	wait       *confirmation // nil when nobody waits for the ack
 	deliveries int
 	out        bool // with the consumer now
-	wait       *confirmation
+}
+
+// feed offers what is queued, the oldest first, until ctx ends.
+func (s *goSource) feed(ctx context.Context, out chan<- *message.Message) {
+	for {
+		if msg := s.next(ctx); msg != nil {
+			select {
+			case out <- msg:
+				continue
+			case <-ctx.Done():
+				return
+			}
+		}
+		select {
+		case <-s.arrived:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (s *goSource) next(ctx context.Context) *message.Message {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.queue) == 0 {
+		return nil
+	}
+	e := s.queue[0]
+	s.queue[0] = nil // or the array would keep it
+	s.queue = s.queue[1:]
+	msg := e.content.message(ctx)
+	s.offered[msg] = e
+	return msg
+}
+
+// push queues a message, unless it would stay there.
+func (s *goSource) push(e *entry) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopped {
+		e.wait.settle(errGroupStopped)
+		return
+	}
+	s.queue = append(s.queue, e)
+	select {
+	case s.arrived <- struct{}{}:
+	default:
+	}
 }
 
 func (s *goSource) receive(msg *message.Message) delivery {
-	id := msg.Metadata.Get(keyDelivery)
-	delete(msg.Metadata, keyDelivery)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	e := s.entries[id]
-	if e == nil {
-		e = &entry{}
-		s.entries[id] = e
-	}
+	e := s.offered[msg]
 	e.deliveries++
 	e.out = true
-	return delivery{msg: msg, id: id, number: e.deliveries}
+	return delivery{msg: msg, number: e.deliveries}
 }
 
 func (s *goSource) ack(d delivery) {
-	d.msg.Ack()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if e := s.entries[d.id]; e != nil {
-		delete(s.entries, d.id)
-		e.wait.settle(nil)
-	}
+	s.settled(d).wait.settle(nil)
 }
 
 func (s *goSource) nack(d delivery) {
+	e := s.settled(d)
+	e.out = false
+	s.push(e)
+}
+
+// settled is the entry of a delivery that is over.
+func (s *goSource) settled(d delivery) *entry {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if e := s.entries[d.id]; e != nil {
-		e.out = false
-		if s.stopped {
-			delete(s.entries, d.id)
-			e.wait.settle(errGroupStopped)
-		}
-	}
-	d.msg.Nack()
+	e := s.offered[d.msg]
+	delete(s.offered, d.msg)
+	return e
 }
 
 // release is a nack: the subscription has ended or is drained, and the message
@@ -237,9 +295,13 @@ func (s *goSource) drain() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.stopped = true
-	for id, e := range s.entries {
+	for _, e := range s.queue {
+		e.wait.settle(errGroupStopped)
+	}
+	s.queue = nil
+	for msg, e := range s.offered {
 		if !e.out {
-			delete(s.entries, id)
+			delete(s.offered, msg)
 			e.wait.settle(errGroupStopped)
 		}
 	}
@@ -250,79 +312,21 @@ func (s *goSource) close() {
 	s.broker.remove(s)
 }
 
-// taking reports whether a message sent now can reach the consumer. mu is held.
+// taking reports whether a message sent now can reach the consumer.
 func (s *goSource) taking() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	return !s.stopped && !isClosed(s.ended)
-}
-
-func anyTaking(sources map[string]*goSource) bool {
-	for _, s := range sources {
-		s.mu.Lock()
-		taking := s.taking()
-		s.mu.Unlock()
-		if taking {
-			return true
-		}
-	}
-	return false
 }
 
 // confirmation is a publisher's wait for the acks of one message.
 type confirmation struct {
-	id      string
-	sources []*goSource // that know of it
-	done    chan struct{}
+	done chan struct{}
 
 	mu      sync.Mutex
 	missing int // acks to come
 	settled bool
 	err     error // set before done is closed
-}
-
-// expect registers a wait for the acks of all groups, before the message is
-// sent. It fails when one of them would not take it.
-func expect(id string, sources map[string]*goSource) (*confirmation, error) {
-	w := &confirmation{id: id, done: make(chan struct{}), missing: len(sources)}
-	for group, s := range sources {
-		if !s.expect(w) {
-			forget([]*confirmation{w})
-			return nil, fmt.Errorf("consumer group %s has stopped: %w", group, ErrNoSubscriber)
-		}
-		w.sources = append(w.sources, s)
-	}
-	return w, nil
-}
-
-func (s *goSource) expect(w *confirmation) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.taking() {
-		return false
-	}
-	s.entries[w.id] = &entry{wait: w}
-	return true
-}
-
-// forget ends waits whose publishers have given up.
-func forget(waits []*confirmation) {
-	for _, w := range waits {
-		for _, s := range w.sources {
-			s.forget(w.id)
-		}
-	}
-}
-
-func (s *goSource) forget(id string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	e := s.entries[id]
-	switch {
-	case e == nil:
-	case e.deliveries == 0:
-		delete(s.entries, id)
-	default:
-		e.wait = nil // the deliveries are still counted
-	}
 }
 
 // settle takes the answer of one group. The first error is final.

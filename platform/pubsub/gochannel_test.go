@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"math/rand/v2"
+	"runtime"
 	"strconv"
 	"sync"
 	"testing"
@@ -51,7 +52,7 @@ func TestGoChannelSaysWhatItIs(t *testing.T) {
 	require.False(t, p.Durable())
 }
 
-// Trap: without a subscriber the library drops the message and returns nil.
+// Trap: with nobody to take it a message would be gone, and nobody told.
 func TestGoChannelRefusesWhatNobodyWouldTake(t *testing.T) {
 	requireRefused := func(t *testing.T, p *pubsub.PubSub) {
 		t.Helper()
@@ -105,7 +106,7 @@ func TestGoChannelRefusesWhatNobodyWouldTake(t *testing.T) {
 	})
 }
 
-// Trap: each subscription of the library gets a copy of each message.
+// Two subscriptions would share the messages and the confirmations of a group.
 func TestGoChannelRefusesASecondSubscriptionOfAGroup(t *testing.T) {
 	p := openGoChannel(t)
 	first := p.Subscriber("g", 1)
@@ -120,6 +121,36 @@ func TestGoChannelRefusesASecondSubscriptionOfAGroup(t *testing.T) {
 	cancel()
 	requireClosed(t, out)
 	subscribe(t, p.Subscriber("g", 1), "topic")
+}
+
+func TestGoChannelIsAQueue(t *testing.T) {
+	const messages = 5000
+	p := openGoChannel(t)
+	out := subscribe(t, p.Subscriber("g", 1), "topic")
+	goroutines := runtime.NumGoroutine()
+	for i := range messages / 2 {
+		require.NoError(t, p.Publisher().Publish("topic", newMessage(strconv.Itoa(2*i), ""), newMessage(strconv.Itoa(2*i+1), "")))
+	}
+	require.Less(t, runtime.NumGoroutine(), goroutines+messages/10, "what waits has no goroutine")
+	for i := range messages {
+		require.Equal(t, strconv.Itoa(i), receiveAcked(t, out), "first come, first served")
+	}
+}
+
+// What a consumer or the publisher makes of its message is nobody else's.
+func TestGoChannelSharesNoMetadata(t *testing.T) {
+	p := openGoChannel(t)
+	first, second := subscribe(t, p.Subscriber("first", 1), "topic"), subscribe(t, p.Subscriber("second", 1), "topic")
+	sent := newMessage("1", "")
+	sent.Metadata.Set("key", "sent")
+	require.NoError(t, p.Publisher().Publish("topic", sent))
+	sent.Metadata.Set("key", "changed by the publisher")
+	for _, out := range []<-chan *message.Message{first, second} {
+		got := receive(t, out)
+		require.Equal(t, "sent", got.Metadata.Get("key"))
+		got.Metadata.Set("key", "changed by a consumer")
+		got.Ack()
+	}
 }
 
 func TestGoChannelConfirmed(t *testing.T) {
@@ -237,7 +268,7 @@ func TestGoChannelConfirmed(t *testing.T) {
 		nacked := confirm(p, "topic", newMessage("nacked", ""))
 		second := receive(t, out)
 		left := confirm(p, "topic", newMessage("left", ""))
-		for range 3 { // so all three are with the library
+		for range 3 { // so all three are queued
 			receiveAcked(t, witness)
 		}
 
@@ -261,7 +292,7 @@ func TestGoChannelConfirmed(t *testing.T) {
 		inFlight := confirm(p, "topic", newMessage("in flight", ""))
 		msg := receive(t, out)
 		left := confirm(p, "topic", newMessage("left", ""))
-		for range 2 { // so both are with the library
+		for range 2 { // so both are queued
 			receiveAcked(t, witness)
 		}
 		cancel()

@@ -133,7 +133,7 @@ func Open(ctx context.Context, cfg Config, topology Topology, logger *slog.Logge
 		p.place = broker.place()
 	case BackendGoChannel: // keeps nothing, so it has nothing to prepare
 		p.window = cfg.GoChannel.Window
-		p.backend = openGoChannel(p.closing, logger)
+		p.backend = openGoChannel(p.closing)
 	case BackendSQL:
 		broker, err := openSQL(ctx, cfg.SQL, topology, p.closing, logger)
 		if err != nil {

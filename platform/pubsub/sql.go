@@ -290,9 +290,13 @@ func (b *sqlBroker) health(ctx context.Context) error {
 func (b *sqlBroker) close() error {
 	b.mu.Lock()
 	b.closed = true
+	topics := maps.Clone(b.topics) // which get no more
 	b.mu.Unlock()
 	b.forwarders.Wait() // no source gets anything from here on
 	b.end()
+	for _, t := range topics {
+		t.batches.Close()
+	}
 	b.goroutines.Wait()
 	if err := b.db.Close(); err != nil {
 		return fmt.Errorf("close the connections to %s: %w", b.connect.Host, err)

@@ -6,7 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"slices"
+	"maps"
 	"strconv"
 	"strings"
 	"sync"
@@ -14,6 +14,8 @@ import (
 
 	librarysql "github.com/ThreeDotsLabs/watermill-sql/v3/pkg/sql"
 	"github.com/ThreeDotsLabs/watermill/message"
+
+	"sluice/platform/group"
 )
 
 const (
@@ -33,7 +35,7 @@ var errRouteChanged = errors.New("the topic's consumer groups have changed")
 type sqlTopic struct {
 	broker  *sqlBroker
 	name    string
-	batches *batcher[*message.Message]
+	batches *group.Group[*message.Message]
 
 	mu    sync.Mutex
 	route sqlRoute // empty when it must be asked for
@@ -64,76 +66,43 @@ func parseRoute(text string) (sqlRoute, error) {
 }
 
 func (b *sqlBroker) publish(topic string, msgs []*message.Message) error {
-	batches, err := b.send(topic, msgs)
-	if err != nil {
-		return b.refusal(topic, err)
-	}
-	for _, in := range batches {
-		if err := b.await(context.Background(), in); err != nil { // it has its own time limit
-			return b.refusal(topic, err)
-		}
-	}
-	return nil
+	return b.send(context.Background(), topic, msgs) // which has its own time limit
 }
 
 // confirm is done when the database has the messages, like publish, but does
 // not outlast the contexts of the messages.
 func (b *sqlBroker) confirm(topic string, msgs []*message.Message) error {
-	batches, err := b.send(topic, msgs)
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	for _, msg := range msgs {
+		defer context.AfterFunc(msg.Context(), func() { cancel(context.Cause(msg.Context())) })()
+	}
+	return b.send(ctx, topic, msgs)
+}
+
+// send waits until the messages are in the database, but no longer than a
+// Publish may take.
+func (b *sqlBroker) send(ctx context.Context, topic string, msgs []*message.Message) error {
+	t, err := b.topic(topic)
 	if err != nil {
 		return b.refusal(topic, err)
 	}
-	for _, msg := range msgs {
-		for _, in := range batches {
-			if err := b.await(msg.Context(), in); err != nil {
-				return fmt.Errorf("confirm message %s on %s: %w", msg.UUID, topic, b.closedOr(err))
-			}
-		}
+	ctx, cancel := context.WithTimeoutCause(ctx, b.timeout, fmt.Errorf("no answer from the database within %s", b.timeout))
+	defer cancel()
+	if err := t.batches.Do(ctx, copies(msgs)...); err != nil {
+		return b.refusal(topic, err)
 	}
 	return nil
 }
 
-// send puts copies of the messages, so that the caller may change its own once
-// it has given up, into the next batches.
-func (b *sqlBroker) send(topic string, msgs []*message.Message) ([]*batch[*message.Message], error) {
-	batches, ok := b.topic(topic).batches.add(slices.Clone(msgs), b.start)
-	if !ok {
-		return nil, ErrClosed
+// copies returns messages that nobody else has. A caller who gave up may publish
+// his again, and set their metadata, while they are being written.
+func copies(msgs []*message.Message) []*message.Message {
+	all := make([]*message.Message, len(msgs))
+	for i, msg := range msgs {
+		all[i] = &message.Message{UUID: msg.UUID, Metadata: maps.Clone(msg.Metadata), Payload: msg.Payload}
 	}
-	return batches, nil
-}
-
-// start runs f on a goroutine that close waits for, unless it is too late.
-func (b *sqlBroker) start(f func(context.Context)) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.closed || isClosed(b.closing) {
-		return false
-	}
-	b.goroutines.Go(func() { f(b.life) })
-	return true
-}
-
-// await waits for a batch, but no longer than a Publish may take.
-func (b *sqlBroker) await(ctx context.Context, in *batch[*message.Message]) error {
-	timer := time.NewTimer(time.Until(in.due))
-	defer timer.Stop()
-	select {
-	case <-in.done:
-	case <-ctx.Done():
-	case <-b.closing:
-	case <-timer.C:
-	}
-	switch {
-	case isClosed(in.done):
-		return in.err
-	case isClosed(b.closing):
-		return ErrClosed
-	case ctx.Err() != nil:
-		return ctx.Err()
-	default:
-		return fmt.Errorf("no answer from the database within %s", b.timeout)
-	}
+	return all
 }
 
 func (b *sqlBroker) refusal(topic string, err error) error {
@@ -149,16 +118,19 @@ func (b *sqlBroker) closedOr(err error) error {
 	return oneLine(err)
 }
 
-func (b *sqlBroker) topic(name string) *sqlTopic {
+func (b *sqlBroker) topic(name string) (*sqlTopic, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.closed || isClosed(b.closing) {
+		return nil, ErrClosed
+	}
 	t := b.topics[name]
 	if t == nil {
 		t = &sqlTopic{broker: b, name: name}
-		t.batches = &batcher[*message.Message]{flush: t.flush, weigh: size, limit: statementSize, flushers: publishFlushers, patience: b.timeout}
+		t.batches = group.New(group.Config[*message.Message]{Flush: t.flush, Flushers: publishFlushers, Size: statementSize, Weigh: size, Patience: b.timeout})
 		b.topics[name] = t
 	}
-	return t
+	return t, nil
 }
 
 // size is about what a message takes in a statement.
@@ -170,8 +142,10 @@ func size(msg *message.Message) int {
 	return n
 }
 
-// flush publishes a batch to the groups that the topic has now.
-func (t *sqlTopic) flush(ctx context.Context, msgs []*message.Message) error {
+// flush publishes a batch to the groups that the topic has now. It ends with the
+// broker.
+func (t *sqlTopic) flush(_ context.Context, msgs []*message.Message) error {
+	ctx := t.broker.life
 	for range 3 {
 		route, err := t.currentRoute(ctx)
 		if err != nil {

@@ -98,7 +98,6 @@ type source interface {
 // delivery is a message on its way to the consumer and back.
 type delivery struct {
 	msg    *message.Message // the library's
-	id     string           // the source's own
 	number int              // 1 for the first delivery of the message
 
 	settled <-chan struct{} // the source's own
