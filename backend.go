@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"sluice/e2e/backend"
+	"sluice/modules/intake"
 )
 
 // backendStopTimeout is how long a stopping stand-in works off what it has begun; the rest is cut.
@@ -50,6 +51,8 @@ func backendCommand() *cobra.Command {
 func backendFlags(flags *pflag.FlagSet, cfg *backend.Config) {
 	flags.DurationVar(&cfg.Latency, "latency", cfg.Latency, "`time` that an order takes")
 	flags.DurationVar(&cfg.Jitter, "jitter", cfg.Jitter, "spread latency evenly by ± this `time`")
+	flags.StringVar(&cfg.Service, "service", cfg.Service, "service times are `constant` or exponential (with latency as their mean)")
+	flags.StringVar(&cfg.Cancellation, "cancellation", cfg.Cancellation, "work whose client has left goes on (`ignored`) or is given up (honoured)")
 	flags.IntVar(&cfg.Capacity, "capacity", cfg.Capacity, "number of workers, 0 = no limit")
 	flags.IntVar(&cfg.Queue, "queue", cfg.Queue, "most requests that wait for a worker, beyond it 503; 0 = no limit")
 	flags.Float64Var(&cfg.Contention, "contention", cfg.Contention, "with n requests in service each takes 1 + contention·n·max(0, n-16) times as long")
@@ -57,12 +60,15 @@ func backendFlags(flags *pflag.FlagSet, cfg *backend.Config) {
 	flags.IntVar(&cfg.FailStatus, "fail-status", cfg.FailStatus, "`status` of a failure")
 	flags.Var((*pauseValue)(&cfg.RetryAfter), "retry-after", "send this Retry-After with failures, a duration or seconds; 0 = none")
 	flags.StringVar(&cfg.RejectNumberSuffix, "reject-number-suffix", cfg.RejectNumberSuffix, "reject orders whose number ends so")
+	flags.DurationVar(&cfg.StallFrom, "stall-from", cfg.StallFrom, "finish nothing from this `time` after the start")
+	flags.DurationVar(&cfg.StallFor, "stall-for", cfg.StallFor, "finish nothing for this `time`")
 	flags.DurationVar(&cfg.DownFrom, "down-from", cfg.DownFrom, "cut connections from this `time` after the start")
 	flags.DurationVar(&cfg.DownFor, "down-for", cfg.DownFor, "cut connections for this `time`")
 }
 
 // runBackend serves until ctx ends, and then writes the final counts to stdout as one line of JSON.
 func runBackend(ctx context.Context, addr string, cfg backend.Config, logger *slog.Logger, stdout io.Writer) error {
+	paceCollector(intake.DriverMemory) // it keeps what it was sent, too
 	b, err := backend.New(cfg)
 	if err != nil {
 		return err

@@ -75,6 +75,8 @@ func newRootCommand(stdout, stderr io.Writer) *cobra.Command {
 		serveCommand(),
 		devCommand(),
 		backendCommand(),
+		loadCommand(),
+		experimentCommand(),
 		readyCommand(),
 		keyCommand(),
 		configCommand(),

@@ -2,8 +2,11 @@ package main
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"os"
+	"regexp"
 	"runtime"
 	"strings"
 	"syscall"
@@ -29,7 +32,7 @@ func TestWithoutArgumentsTheCommandsAreListed(t *testing.T) {
 	code, stdout, stderr := sluice(t)
 	require.Zero(t, code)
 	require.Empty(t, stderr)
-	for _, command := range []string{"serve", "dev", "backend", "ready", "config", "version"} {
+	for _, command := range []string{"serve", "dev", "backend", "load", "ready", "key", "config", "version"} {
 		require.Equal(t, 1, strings.Count(stdout, "\n  "+command+" "), "%s in:\n%s", command, stdout)
 	}
 }
@@ -103,6 +106,25 @@ func TestConfigKeysListsEveryKey(t *testing.T) {
 		require.Contains(t, stdout, key.Name+" ")
 		require.Contains(t, stdout, " "+key.Env+" ")
 	}
+}
+
+func TestKeyMakesAKeyThatItsEntryKnows(t *testing.T) {
+	code, stdout, stderr := sluice(t, "key", "shop")
+	require.Zero(t, code)
+	require.Empty(t, stderr)
+	match := regexp.MustCompile(`^key:   ([0-9a-f]{64})\nentry: (shop:[0-9a-f]{64})\n$`).FindStringSubmatch(stdout)
+	require.NotNil(t, match, stdout)
+	require.Equal(t, fmt.Sprintf("shop:%x", sha256.Sum256([]byte(match[1]))), match[2])
+
+	t.Setenv("SLUICE_HTTP_API_KEYS", match[2])
+	code, stdout, stderr = sluice(t, "config")
+	require.Zero(t, code, stderr)
+	require.Contains(t, stdout, "- shop:<secret>\n")
+
+	code, stdout, stderr = sluice(t, "key", "my shop")
+	require.Equal(t, exitFailed, code)
+	require.Empty(t, stdout)
+	require.Contains(t, stderr, "the name must be")
 }
 
 func TestVersionTellsWhatWasBuilt(t *testing.T) {

@@ -11,9 +11,11 @@
 package backend
 
 import (
+	"context"
 	"math"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -36,7 +38,7 @@ type Stats struct {
 	MaxInFlight int64 `json:"maxInFlight"`
 	// Rejected is how many requests were answered with 400 (or 413).
 	Rejected int64 `json:"rejected"`
-	// Failed is how many requests failed, found the queue full, or were cut.
+	// Failed is how many requests failed, found the queue full, were cut, or were given up with their client.
 	Failed int64 `json:"failed"`
 }
 
@@ -80,6 +82,14 @@ func (b *Backend) Stats() Stats {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.stats
+}
+
+// Numbers returns how many different order numbers were saved. A client that tries an order again in vain, and again, can
+// have it saved several times under several ids, which Stats takes for several orders: the number is what it has in common.
+func (b *Backend) Numbers() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(b.ledger.numbers)
 }
 
 // Config returns the knobs as they are now.
@@ -137,6 +147,7 @@ const (
 	failed
 	turnedAway // the queue was full
 	cutOff     // no answer, the connection is closed
+	givenUp    // the client has left
 )
 
 // call is one POST on its way through the stand-in.
@@ -144,11 +155,12 @@ type call struct {
 	order
 
 	// Set on admission.
-	fate       outcome       // what will become of it after its service
-	failStatus int           // of a failure
-	retryAfter time.Duration // of a failure
-	outage     chan struct{} // closed when it is cut
-	turn       chan struct{} // closed when it has a worker; nil if it had one at once
+	fate       outcome         // what will become of it after its service
+	failStatus int             // of a failure
+	retryAfter time.Duration   // of a failure
+	outage     chan struct{}   // closed when it is cut
+	left       <-chan struct{} // closed when the client has left; nil if that does not matter
+	turn       chan struct{}   // closed when it has a worker; nil if it had one at once
 
 	// Set when it has a worker.
 	working bool
@@ -171,10 +183,11 @@ func (b *Backend) turnBack(why outcome) {
 	b.countOut(why)
 }
 
-// serve does the work of a request and returns what became of it. It blocks for the time in the queue and in service, and
-// deliberately looks at no context: a real service does not know that its client has left, and does the work for nothing.
-func (b *Backend) serve(c *call) outcome {
-	if refusal, ok := b.admit(c); !ok {
+// serve does the work of a request and returns what became of it. It blocks for the time in the queue and in service.
+// That ctx ends counts only if cancellation is honoured: a real service mostly does not know that its client has left,
+// and does the work for nothing.
+func (b *Backend) serve(ctx context.Context, c *call) outcome {
+	if refusal, ok := b.admit(ctx, c); !ok {
 		return b.leave(c, refusal)
 	}
 	if c.turn != nil {
@@ -182,6 +195,8 @@ func (b *Backend) serve(c *call) outcome {
 		case <-c.turn:
 		case <-c.outage:
 			return b.leave(c, cutOff)
+		case <-c.left:
+			return b.leave(c, givenUp)
 		}
 	}
 	if c.service > 0 {
@@ -191,19 +206,24 @@ func (b *Backend) serve(c *call) outcome {
 		case <-timer.C:
 		case <-c.outage:
 			return b.leave(c, cutOff)
+		case <-c.left:
+			return b.leave(c, givenUp)
 		}
 	}
 	return b.leave(c, c.fate)
 }
 
 // admit gives a request a worker or a place in the queue, or says why not.
-func (b *Backend) admit(c *call) (refusal outcome, ok bool) {
+func (b *Backend) admit(ctx context.Context, c *call) (refusal outcome, ok bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.ledger.enter(c.order) {
 		b.stats.Repeats++
 	}
 	c.outage, c.failStatus, c.retryAfter = b.outage, b.cfg.FailStatus, b.cfg.RetryAfter
+	if b.cfg.Cancellation == CancellationHonoured {
+		c.left = ctx.Done()
+	}
 	if b.down() {
 		return cutOff, false
 	}
@@ -236,6 +256,8 @@ func (b *Backend) leave(c *call, what outcome) outcome {
 	if c.working {
 		b.inService--
 		b.startWaiting()
+	} else if i := slices.Index(b.queue, c); what == givenUp && i >= 0 {
+		b.queue = slices.Delete(b.queue, i, i+1)
 	}
 	return what
 }
@@ -248,7 +270,7 @@ func (b *Backend) countOut(what outcome) {
 	case saved:
 	case rejected:
 		b.stats.Rejected++
-	case failed, turnedAway, cutOff:
+	case failed, turnedAway, cutOff, givenUp:
 		b.stats.Failed++
 	}
 }
@@ -289,11 +311,15 @@ func (b *Backend) startWaiting() {
 
 func (b *Backend) serviceTime() time.Duration {
 	service := float64(b.cfg.Latency)
+	if b.cfg.Service == ServiceExponential {
+		service *= rand.ExpFloat64()
+	}
 	if b.cfg.Jitter > 0 {
 		service += (2*rand.Float64() - 1) * float64(b.cfg.Jitter)
 	}
 	n := float64(b.inService)
 	service *= 1 + b.cfg.Contention*n*max(0, n-16)
+	service += float64(b.cfg.stalled(time.Since(b.started)))
 	// Half of what a Duration holds, because a float64 cannot hold all of it exactly.
 	return time.Duration(min(max(0, service), math.MaxInt64/2))
 }

@@ -145,6 +145,76 @@ func TestWorkGoesOnWhenTheClientHasLeft(t *testing.T) {
 	})
 }
 
+func TestCancellationHonouredFreesTheWorkerAndTheQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBackend(t, instant(func(cfg *backend.Config) {
+			cfg.Latency, cfg.Capacity, cfg.Queue, cfg.Cancellation = time.Minute, 1, 2, backend.CancellationHonoured
+		}))
+		ctx, leave := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		for i := range 2 { // one in service, one in the queue
+			wg.Go(func() {
+				defer func() { require.Equal(t, http.ErrAbortHandler, recover(), "there is nobody to answer") }()
+				request := httptest.NewRequestWithContext(ctx, http.MethodPost, "/orders", strings.NewReader("{}"))
+				request.Header.Set("Idempotency-Key", fmt.Sprint(i))
+				b.ServeHTTP(httptest.NewRecorder(), request)
+			})
+			synctest.Wait()
+		}
+		wg.Go(func() { post(b, "stays", "A-1") })
+		synctest.Wait()
+		require.Equal(t, http.StatusServiceUnavailable, post(b, "no room", "A-2").Code)
+		start := time.Now()
+		leave()
+		wg.Wait()
+		require.Equal(t, time.Minute, time.Since(start), "who stays has the worker at once")
+		require.Equal(t, backend.Stats{Requests: 4, Orders: 1, MaxInFlight: 4, Failed: 3}, b.Stats())
+	})
+}
+
+func TestExponentialServiceHasTheLatencyAsItsMean(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBackend(t, instant(func(cfg *backend.Config) { cfg.Latency, cfg.Service = time.Second, backend.ServiceExponential }))
+		const n = 4000
+		var sum float64
+		over := 0
+		for i := range n {
+			start := time.Now()
+			post(b, fmt.Sprint(i), "")
+			took := time.Since(start).Seconds()
+			sum += took
+			if took > 1 {
+				over++
+			}
+		}
+		// Ten times the standard deviation on both sides.
+		require.InDelta(t, 1, sum/n, 10/math.Sqrt(n))
+		require.InDelta(t, 1/math.E, float64(over)/n, 5/math.Sqrt(n))
+	})
+}
+
+func TestAStallHoldsUpWhoEntersServiceInIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBackend(t, instant(func(cfg *backend.Config) {
+			cfg.Latency, cfg.Capacity, cfg.StallFrom, cfg.StallFor = time.Second, 1, 1500*time.Millisecond, 3*time.Second
+		}))
+		start := time.Now()
+		for _, ends := range []time.Duration{time.Second, 2 * time.Second, 5500 * time.Millisecond, 6500 * time.Millisecond} {
+			post(b, ends.String(), "")
+			require.Equal(t, ends, time.Since(start))
+		}
+	})
+}
+
+func TestNumbersAreCountedOnceHoweverManyIDs(t *testing.T) {
+	b := newBackend(t, instant())
+	post(b, "first", "A-1")
+	post(b, "second", "A-1")
+	post(b, "third", "A-2")
+	require.Equal(t, 2, b.Numbers())
+	require.Equal(t, int64(3), b.Stats().Orders)
+}
+
 func TestFullQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBackend(t, instant(func(cfg *backend.Config) {
@@ -477,11 +547,13 @@ func TestConfigureRefusesWhatIsNotValid(t *testing.T) {
 func TestNewTellsAllFaultsAtOnce(t *testing.T) {
 	_, err := backend.New(backend.Config{
 		Latency: -1, Jitter: -1, Capacity: -1, Queue: -1, Contention: math.NaN(), FailRate: math.NaN(), FailNext: -1,
-		FailStatus: 200, RetryAfter: -1, DownFrom: -1, DownFor: -1,
+		FailStatus: 200, RetryAfter: -1, StallFrom: -1, StallFor: -1, DownFrom: -1, DownFor: -1,
 	})
 	require.EqualError(t, err, strings.Join([]string{
 		"latency: must be 0 or more, is -1ns",
 		"jitter: must be 0 or more, is -1ns",
+		"service: must be constant or exponential, is ",
+		"cancellation: must be ignored or honoured, is ",
 		"capacity: must be 0 (no limit) or more, is -1",
 		"queue: must be 0 (no limit) or more, is -1",
 		"contention: must be a number, 0 or more, is NaN",
@@ -489,12 +561,21 @@ func TestNewTellsAllFaultsAtOnce(t *testing.T) {
 		"fail-next: must be 0 or more, is -1",
 		"fail-status: must be from 300 to 599, is 200",
 		"retry-after: must be 0 or more, is -1ns",
+		"stall-from: must be 0 or more, is -1ns",
+		"stall-for: must be 0 or more, is -1ns",
 		"down-from: must be 0 or more, is -1ns",
 		"down-for: must be 0 or more, is -1ns",
 	}, "\n"))
 
 	_, err = backend.New(instant(func(cfg *backend.Config) { cfg.DownFrom, cfg.Contention = time.Second, math.Inf(1) }))
 	require.EqualError(t, err, "contention: must be a number, 0 or more, is +Inf\ndown-for: must be more than 0 when down-from is set, is 0s")
+}
+
+func TestExponentialServiceAndJitterDoNotGoTogether(t *testing.T) {
+	_, err := backend.New(instant(func(cfg *backend.Config) {
+		cfg.Service, cfg.Jitter, cfg.StallFrom = backend.ServiceExponential, time.Second, time.Second
+	}))
+	require.EqualError(t, err, "jitter: must be 0 when service is exponential, is 1s\nstall-for: must be more than 0 when stall-from is set, is 0s")
 }
 
 // One order per operation over a kept connection, beside its own client: what a gateway under test has to share a

@@ -19,6 +19,13 @@ type Config struct {
 	Latency time.Duration `json:"-"`
 	// Jitter spreads Latency evenly over Latency ± Jitter; what would come out below zero is zero. Default 0.
 	Jitter time.Duration `json:"-"`
+	// Service is how the service time is spread: ServiceConstant (Latency ± Jitter) or ServiceExponential (Latency on
+	// average, no Jitter). Default ServiceConstant.
+	Service string `json:"service"`
+	// Cancellation is what happens to a request whose client has left: with CancellationIgnored the work is done all the
+	// same, as in most services, where it is queued already; with CancellationHonoured it leaves its worker or the queue
+	// at once, and counts as failed. Default CancellationIgnored.
+	Cancellation string `json:"cancellation"`
 	// Capacity is the number of workers; requests beyond it wait in a queue, first come, first served. Default 0: no limit.
 	Capacity int `json:"capacity"`
 	// Queue is the most requests that wait for a worker; beyond it the answer is 503 at once. Default 0: no limit.
@@ -37,6 +44,10 @@ type Config struct {
 	RetryAfter time.Duration `json:"-"`
 	// RejectNumberSuffix is the end of the order numbers that get 400 and a problem document. Default -REJECT; "" rejects none.
 	RejectNumberSuffix string `json:"rejectNumberSuffix"`
+	// StallFrom and StallFor are a time in which nothing is finished, counted from New: who enters service in it is served
+	// when it is over, and who is in service already ends as planned. Default 0 and 0: none.
+	StallFrom time.Duration `json:"-"`
+	StallFor  time.Duration `json:"-"`
 	// DownFrom and DownFor are an outage, counted from New: it starts after DownFrom and lasts DownFor.
 	// When it starts, all requests in service or waiting are cut without an answer; while it lasts, every new one is.
 	// Default 0 and 0: none.
@@ -46,9 +57,17 @@ type Config struct {
 	Down bool `json:"down"`
 }
 
+// The values of Config.Service and of Config.Cancellation.
+const (
+	ServiceConstant      = "constant"
+	ServiceExponential   = "exponential"
+	CancellationIgnored  = "ignored"
+	CancellationHonoured = "honoured"
+)
+
 // DefaultConfig is a healthy backend that takes 50 ms for an order.
 func DefaultConfig() Config {
-	return Config{Latency: 50 * time.Millisecond, FailStatus: http.StatusServiceUnavailable, RejectNumberSuffix: "-REJECT"}
+	return Config{Latency: 50 * time.Millisecond, Service: ServiceConstant, Cancellation: CancellationIgnored, FailStatus: http.StatusServiceUnavailable, RejectNumberSuffix: "-REJECT"}
 }
 
 // Validate returns all faults at once, joined, each starting with the name of its flag.
@@ -61,6 +80,9 @@ func (c Config) Validate() error {
 	}
 	check(c.Latency >= 0, "latency", "0 or more", c.Latency)
 	check(c.Jitter >= 0, "jitter", "0 or more", c.Jitter)
+	check(c.Service == ServiceConstant || c.Service == ServiceExponential, "service", "constant or exponential", c.Service)
+	check(c.Jitter <= 0 || c.Service != ServiceExponential, "jitter", "0 when service is exponential", c.Jitter)
+	check(c.Cancellation == CancellationIgnored || c.Cancellation == CancellationHonoured, "cancellation", "ignored or honoured", c.Cancellation)
 	check(c.Capacity >= 0, "capacity", "0 (no limit) or more", c.Capacity)
 	check(c.Queue >= 0, "queue", "0 (no limit) or more", c.Queue)
 	check(c.Contention >= 0 && !math.IsInf(c.Contention, 1), "contention", "a number, 0 or more", c.Contention)
@@ -68,6 +90,9 @@ func (c Config) Validate() error {
 	check(c.FailNext >= 0, "fail-next", "0 or more", c.FailNext)
 	check(c.FailStatus >= 300 && c.FailStatus <= 599, "fail-status", "from 300 to 599", c.FailStatus)
 	check(c.RetryAfter >= 0, "retry-after", "0 or more", c.RetryAfter)
+	check(c.StallFrom >= 0, "stall-from", "0 or more", c.StallFrom)
+	check(c.StallFor >= 0, "stall-for", "0 or more", c.StallFor)
+	check(c.StallFrom <= 0 || c.StallFor != 0, "stall-for", "more than 0 when stall-from is set", c.StallFor)
 	check(c.DownFrom >= 0, "down-from", "0 or more", c.DownFrom)
 	check(c.DownFor >= 0, "down-for", "0 or more", c.DownFor)
 	check(c.DownFrom <= 0 || c.DownFor != 0, "down-for", "more than 0 when down-from is set", c.DownFor)
@@ -91,6 +116,14 @@ func (c Config) down(age time.Duration) bool {
 	return c.Down || age >= c.DownFrom && age-c.DownFrom < c.DownFor
 }
 
+// stalled returns how much of the stall is left, age after the start.
+func (c Config) stalled(age time.Duration) time.Duration {
+	if age < c.StallFrom || age-c.StallFrom >= c.StallFor {
+		return 0
+	}
+	return c.StallFor - (age - c.StallFrom)
+}
+
 // knobs is the view of c that JSON sees. It points into c, so that decoding leaves what is not named as it was.
 func (c *Config) knobs() any {
 	type plain Config
@@ -99,11 +132,13 @@ func (c *Config) knobs() any {
 		Jitter  *duration `json:"jitter"`
 		*plain
 		RetryAfter *pause    `json:"retryAfter"`
+		StallFrom  *duration `json:"stallFrom"`
+		StallFor   *duration `json:"stallFor"`
 		DownFrom   *duration `json:"downFrom"`
 		DownFor    *duration `json:"downFor"`
 	}{
 		(*duration)(&c.Latency), (*duration)(&c.Jitter), (*plain)(c),
-		(*pause)(&c.RetryAfter), (*duration)(&c.DownFrom), (*duration)(&c.DownFor),
+		(*pause)(&c.RetryAfter), (*duration)(&c.StallFrom), (*duration)(&c.StallFor), (*duration)(&c.DownFrom), (*duration)(&c.DownFor),
 	}
 }
 

@@ -24,7 +24,10 @@ func (b *Backend) routes() *http.ServeMux {
 	mux.HandleFunc("POST /orders", b.postOrder)
 	mux.HandleFunc("GET /orders/{orderNumber}", b.getOrder)
 	mux.HandleFunc("GET /stats", func(w http.ResponseWriter, _ *http.Request) {
-		writeJSON(w, http.StatusOK, b.Stats())
+		writeJSON(w, http.StatusOK, struct {
+			Stats
+			Numbers int `json:"numbers"`
+		}{b.Stats(), b.Numbers()})
 	})
 	mux.HandleFunc("GET /control", func(w http.ResponseWriter, _ *http.Request) {
 		cfg := b.Config()
@@ -55,7 +58,7 @@ func (b *Backend) postOrder(w http.ResponseWriter, r *http.Request) {
 	}
 
 	c := &call{order: order}
-	switch b.serve(c) {
+	switch b.serve(r.Context(), c) {
 	case saved:
 		writeJSON(w, http.StatusOK, struct {
 			BackendID   string `json:"backendId"`
@@ -69,7 +72,7 @@ func (b *Backend) postOrder(w http.ResponseWriter, r *http.Request) {
 	case turnedAway:
 		setRetryAfter(w, c.retryAfter)
 		writeProblem(w, r, http.StatusServiceUnavailable, "queue-full", "too many requests are waiting")
-	case cutOff:
+	case cutOff, givenUp:
 		cut(w)
 	}
 }

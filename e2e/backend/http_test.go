@@ -23,17 +23,17 @@ func show(t *testing.T, b *backend.Backend, number string) map[string]any {
 	return document
 }
 
-func TestStatsHasExactlyTheNamesOfTheContract(t *testing.T) {
+func TestStatsHasTheNamesOfTheContractAndTheOrderNumbers(t *testing.T) {
 	s := serve(t, instant())
 	s.post("a", "A-1")
 	s.post("a", "A-1")
 	s.post("b", "A-2-REJECT")
-	require.Equal(t, `{"requests":3,"orders":1,"repeats":1,"inFlight":0,"maxInFlight":1,"rejected":1,"failed":0}`,
+	require.Equal(t, `{"requests":3,"orders":1,"repeats":1,"inFlight":0,"maxInFlight":1,"rejected":1,"failed":0,"numbers":1}`,
 		s.do(http.MethodGet, "/stats", "").body)
 }
 
 func TestControl(t *testing.T) {
-	defaults := `{"latency":"50ms","jitter":"0s","capacity":0,"queue":0,"contention":0,"failRate":0,"failNext":0,` +
+	defaults := `{"latency":"50ms","jitter":"0s","service":"constant","cancellation":"ignored","stallFrom":"0s","stallFor":"0s","capacity":0,"queue":0,"contention":0,"failRate":0,"failNext":0,` +
 		`"failStatus":503,"rejectNumberSuffix":"-REJECT","down":false,"retryAfter":"0s","downFrom":"0s","downFor":"0s"}`
 
 	t.Run("shows the knobs", func(t *testing.T) {
@@ -43,7 +43,7 @@ func TestControl(t *testing.T) {
 
 	t.Run("changes every knob and answers with all", func(t *testing.T) {
 		s := serve(t, backend.DefaultConfig())
-		changed := `{"latency":"10ms","jitter":"1ms","capacity":2,"queue":3,"contention":0.0019,"failRate":0.5,"failNext":4,` +
+		changed := `{"latency":"10ms","jitter":"0s","service":"exponential","cancellation":"honoured","stallFrom":"2h0m0s","stallFor":"3s","capacity":2,"queue":3,"contention":0.0019,"failRate":0.5,"failNext":4,` +
 			`"failStatus":429,"rejectNumberSuffix":"-NO","down":true,"retryAfter":"2s","downFrom":"1h0m0s","downFor":"1m0s"}`
 		require.JSONEq(t, changed, s.control(changed).body)
 		require.JSONEq(t, changed, s.do(http.MethodGet, "/control", "").body)

@@ -1,0 +1,111 @@
+package experiment
+
+import (
+	"math"
+	"strconv"
+	"time"
+)
+
+// Of part memory.
+const (
+	memoryRate    = 1000
+	memorySize    = 16 << 10
+	memoryLimit   = "64MiB"
+	memoryLatency = time.Second
+	// memoryDeadline is time enough for an order, if nothing holds it up for longer than the backend takes for it.
+	memoryDeadline = 2 * time.Second
+	// memoryWorkers is the bounded window: the asynchronous gateway's permits, and the limit of the third curve.
+	memoryWorkers = 64
+	// memoryWindow is how many orders it has in memory, beyond those that are being committed.
+	memoryWindow = 128
+)
+
+// variantLimited is a gateway with little memory.
+const variantLimited = "GOMEMLIMIT=" + memoryLimit
+
+func memory() part {
+	return part{
+		name: "memory", title: "D. Memory: what waits has to be somewhere",
+		about: "1,000 orders a second of 16 KiB each, on a backend that takes one second for each, for any number at once. In the synchronous gateway a thousand requests " +
+			"wait at any time, with all that they hold. With GOMEMLIMIT=64MiB that is more than there is room for: the garbage collector runs all the time, the requests " +
+			"take longer, more of them wait. This is the feedback of the original, in Go. The asynchronous gateway keeps what waits on the disk, and at most 128 orders in memory.",
+		caveats: []string{
+			"The limit is chosen to be too small. Without it the same gateway takes the memory that it needs, and the collector costs next to nothing.",
+			"The asynchronous gateway saves 64 orders a second here, since that is its limit of concurrent calls; the rest is its backlog, on disk.",
+			"A backend that serves any number at once is the best case for the synchronous way.",
+		},
+		points: memoryPoints, judge: judgeMemory, tables: memoryTables, charts: memoryCharts,
+	}
+}
+
+func memoryPoints(p plan) []point {
+	type kind struct{ mode, variant string }
+	kinds := []kind{{modeSync, variantLimited}, {modeSync, ""}, {modeAsync, variantLimited}}
+	if !p.Quick {
+		kinds = append(kinds, kind{modeSyncLimit, variantLimited})
+	}
+	var points []point
+	for _, k := range kinds {
+		point := point{
+			part: "memory", mode: k.mode, variant: k.variant, rate: memoryRate, arrivals: ArrivalsConstant, size: memorySize,
+			warmup: p.either(3, 5), window: p.either(5, 20), deadline: memoryDeadline,
+			backend:  []string{"--latency", memoryLatency.String()},
+			settings: map[string]string{"dispatch.concurrency": strconv.Itoa(memoryWorkers), "pubsub.gochannel.window": strconv.Itoa(memoryWindow)},
+		}
+		if k.variant == variantLimited {
+			point.memoryLimit = memoryLimit
+		}
+		if k.mode == modeSyncLimit {
+			point.settings["intake.sync_limit"] = strconv.Itoa(memoryWorkers)
+		}
+		points = append(points, point)
+	}
+	return points
+}
+
+func judgeMemory(_ plan, rows []row) []verdict {
+	by := func(mode, variant string) row { return first(of(rows, mode, variant), all) }
+	tight, roomy, async := by(modeSync, variantLimited), by(modeSync, ""), by(modeAsync, variantLimited)
+	return []verdict{
+		atLeast("synchronous goodput with memory enough", roomy.goodput, 0.9*roomy.load, "/s", "90 % of the load"),
+		atMost("synchronous goodput with little memory", tight.goodput, 0.7*roomy.goodput, "/s", "70 % of that"),
+		atLeast("the collector's share of a core there", tight.collector, 0.25, " cores", ""),
+		atLeast("times what it is with memory enough", tight.collector/roomy.collector, 3, "", ""),
+		atLeast("asynchronous goodput with little memory", async.goodput, 0.95*async.load, "/s", "95 % of the load"),
+		atMost("the collector's share of a core there", async.collector, math.Max(0.5*tight.collector, 0.1), " cores", "half of the synchronous one's"),
+	}
+}
+
+func memoryTables(_ plan, rows []row) []table {
+	t := table{Title: "1,000 orders a second of 16 KiB on a backend of 1 s",
+		Columns: []string{"way", "memory limit", "in time /s", "2xx p50 ms", "2xx p99 ms", "most memory MiB", "most goroutines", "collector, cores", "gateway, cores"}}
+	for _, r := range rows {
+		limit := "none"
+		if r.variant == variantLimited {
+			limit = "64 MiB"
+		}
+		t.add(r.mode, limit, figure(r.goodput), figure(r.p50), figure(r.p99), figure(r.memory), figure(r.goroutines), figure(r.collector), figure(r.gatewayCores))
+	}
+	return []table{t}
+}
+
+func memoryCharts(p plan, r partResult) []chart {
+	lines := func(y func(i *instant) *float64) []line {
+		var lines []line
+		for _, point := range memoryPoints(p) {
+			l := line{label: point.mode + ", 64 MiB", colour: point.mode}
+			if point.variant == "" {
+				l.label, l.dashed = point.mode+", no limit", true
+			}
+			l.points = r.course(func(i instant) bool { return i.mode == point.mode && i.variant == point.variant }, y)
+			lines = append(lines, l)
+		}
+		return lines
+	}
+	return []chart{
+		{name: "memory-goodput", title: "Orders answered in time", x: "time (s)", y: "orders/s", lines: lines(func(i *instant) *float64 { return &i.goodput })},
+		{name: "memory-used", title: "Memory of the gateway", x: "time (s)", y: "MiB", lines: lines(func(i *instant) *float64 { return &i.memory })},
+		{name: "memory-goroutines", title: "Goroutines of the gateway", x: "time (s)", y: "goroutines", lines: lines(func(i *instant) *float64 { return &i.goroutines })},
+		{name: "memory-collector", title: "Garbage collector", x: "time (s)", y: "cores", lines: lines(func(i *instant) *float64 { return &i.collector })},
+	}
+}
