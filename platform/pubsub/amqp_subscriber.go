@@ -214,11 +214,19 @@ func (s *amqpSource) nack(d delivery) {
 func (s *amqpSource) release(d delivery) { s.nack(d) }
 
 // wait returns when the answer has been handed to the connection, which writes
-// before it closes, or has nowhere to go any more.
+// before it closes, or has nowhere to go any more. At the end it does not wait
+// for a connection that takes nothing.
 func (s *amqpSource) wait(d delivery) {
 	select {
 	case <-d.settled:
+		return
 	case <-s.broker.closing:
+	}
+	farewell := time.NewTimer(amqpFarewell)
+	defer farewell.Stop()
+	select {
+	case <-d.settled:
+	case <-farewell.C:
 	}
 }
 

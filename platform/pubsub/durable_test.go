@@ -86,6 +86,25 @@ func durable(t *testing.T, broker durableBroker) {
 		require.Equal(t, 1, broker.waiting(t, cfg, "poison", "poison"), "it stays for whoever looks into it")
 	})
 
+	t.Run("an ack counts, however soon the end comes after it", func(t *testing.T) {
+		const messages = 64
+		cfg := broker.config(t)
+		for range 5 {
+			p := open(t, cfg, topology)
+			publishMany(t, p, "topic", messages)
+			out := subscribe(t, p.Subscriber("g", messages), "topic")
+			var taken []*message.Message
+			for range messages {
+				taken = append(taken, receive(t, out))
+			}
+			for _, msg := range taken {
+				msg.Ack()
+			}
+			require.NoError(t, p.Close())
+			require.Zero(t, broker.waiting(t, cfg, "topic", "g"))
+		}
+	})
+
 	t.Run("keeps the metadata over a restart and marks no first delivery", func(t *testing.T) {
 		cfg := broker.config(t)
 		p := open(t, cfg, topology)

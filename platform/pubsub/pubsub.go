@@ -239,8 +239,8 @@ func (p *PubSub) Close() error {
 	for _, s := range subscribers {
 		errs = append(errs, s.Close())
 	}
+	p.goroutines.Wait() // the backend has all acks that there are
 	errs = append(errs, p.backend.close())
-	p.goroutines.Wait()
 	return errors.Join(errs...)
 }
 

@@ -310,7 +310,10 @@ func (s *Subscriber) settle(ctx context.Context, sub *subscription, d delivery, 
 		s.pause(ctx, d.number)
 		sub.source.nack(d)
 	case <-s.pubsub.closing:
-		return // still counted: a Drain must not take it for done
+		if !isClosed(handed.Acked()) { // which may have been first
+			return // still counted: a Drain must not take it for done
+		}
+		sub.source.ack(d)
 	}
 	s.count(-1) // before the slot is free, or the count could pass the limit
 	<-sub.slots
