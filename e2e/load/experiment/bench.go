@@ -157,15 +157,18 @@ func (b *bench) startGateway(ctx context.Context, p point, database, backend str
 	if p.memoryLimit != "" {
 		environ = append(environ, "GOMEMLIMIT="+p.memoryLimit)
 	}
+	if p.processors > 0 {
+		environ = append(environ, "GOMAXPROCS="+strconv.Itoa(p.processors))
+	}
 	return start(ctx, b.binary, environ, "serve")
 }
 
-// foreign leaves out what would change the gateway: its own settings, exporters of telemetry, the collector's settings.
+// foreign leaves out what would change the gateway: its own settings, exporters of telemetry, the runtime's settings.
 func foreign(environ []string) []string {
 	var kept []string
 	for _, line := range environ {
 		name, _, _ := strings.Cut(line, "=")
-		if strings.HasPrefix(name, "SLUICE_") || strings.HasPrefix(name, "OTEL_") || name == "GOGC" || name == "GOMEMLIMIT" {
+		if strings.HasPrefix(name, "SLUICE_") || strings.HasPrefix(name, "OTEL_") || name == "GOGC" || name == "GOMEMLIMIT" || name == "GOMAXPROCS" {
 			continue
 		}
 		kept = append(kept, line)

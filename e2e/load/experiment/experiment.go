@@ -148,17 +148,23 @@ func Run(ctx context.Context, cfg Config, deps Deps) (err error) {
 // plan is what the points of all parts depend on.
 type plan struct {
 	Config
-	workers int // of the backend that has a capacity
+	workers    int     // of the backend that has a capacity
+	memoryRate float64 // orders a second of part memory
 }
 
 // newPlan scales the experiment to the machine.
-func newPlan(cfg Config, m machine) plan { return plan{Config: cfg, workers: m.Workers} }
+func newPlan(cfg Config, m machine) plan {
+	return plan{Config: cfg, workers: m.Workers, memoryRate: memoryLoad(m.Taking)}
+}
 
 // latency is the service time of the backend in all parts but memory.
 const latency = 50 * time.Millisecond
 
 // capacity is the orders per second that the backend of parts overload and stall can save.
 func (p plan) capacity() float64 { return float64(p.workers) / latency.Seconds() }
+
+// has reports whether a part is to be measured.
+func (c Config) has(part string) bool { return len(c.Parts) == 0 || slices.Contains(c.Parts, part) }
 
 // seconds is a duration on the scale of the plan.
 func (p plan) seconds(n float64) time.Duration {
@@ -177,7 +183,7 @@ func (p plan) either(quick, full float64) time.Duration {
 func (p plan) parts() []part {
 	var chosen []part
 	for _, candidate := range parts() {
-		if len(p.Parts) == 0 || slices.Contains(p.Parts, candidate.name) {
+		if p.has(candidate.name) {
 			chosen = append(chosen, candidate)
 		}
 	}

@@ -114,7 +114,7 @@ func TestAProcessIsGoneWhenStopReturns(t *testing.T) {
 
 func TestTheGatewaysOwnSettingsAreNotThoseOfTheEnvironment(t *testing.T) {
 	require.Equal(t, []string{"PATH=/bin", "HOME=/"},
-		foreign([]string{"PATH=/bin", "SLUICE_DISPATCH_CONCURRENCY=1", "OTEL_TRACES_EXPORTER=otlp", "GOGC=1", "GOMEMLIMIT=1", "HOME=/"}))
+		foreign([]string{"PATH=/bin", "SLUICE_DISPATCH_CONCURRENCY=1", "OTEL_TRACES_EXPORTER=otlp", "GOGC=1", "GOMEMLIMIT=1", "GOMAXPROCS=1", "HOME=/"}))
 }
 
 func TestABrokerThatIsNowhereIsNamed(t *testing.T) {
@@ -165,6 +165,17 @@ func TestSynchronousPointsWarmUpUntilTheQueueIsFull(t *testing.T) {
 			}
 		}
 	}
+}
+
+func TestTheLoadOfPartMemoryFollowsWhatTheGatewayTakes(t *testing.T) {
+	for taking, rate := range map[float64]float64{0: 400, 100: 400, 1000: 500, 1430: 700, 1e6: 2500} {
+		plan := newPlan(DefaultConfig(), machine{Taking: taking})
+		for _, p := range memoryPoints(plan) {
+			require.Equal(t, rate, p.rate, "%v", taking)
+		}
+	}
+	require.Equal(t, "64MiB", plan{memoryRate: 1000}.memoryLimit())
+	require.Equal(t, "26MiB", plan{memoryRate: 400}.memoryLimit())
 }
 
 func TestABusyMachineIsRefusedWithItsReasons(t *testing.T) {

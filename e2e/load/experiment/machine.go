@@ -33,6 +33,7 @@ type machine struct {
 	Answers       float64
 
 	Workers int      // of the backend in parts overload and stall
+	Taking  float64  // orders a second that the gateway of part memory takes; 0 if that is not measured
 	Busy    []string // why the results are not to be trusted; empty on a machine that is fit
 }
 
@@ -53,18 +54,32 @@ const (
 	leastWorker = 5
 )
 
+// mostLooks is how often the machine is looked at until it is quiet.
+const mostLooks = 10
+
 // probeTime is how long each of the two probes takes.
 const probeTime = time.Second
 
 // calibrate looks at the machine, and refuses one that is too busy unless it is forced.
 func calibrate(ctx context.Context, b *bench, cfg Config, progress *progress) (machine, error) {
 	m := describeMachine()
-	m.look(ctx)
+	// What has just ended, such as a build, may still be felt for some seconds.
+	for range mostLooks {
+		m.look(ctx)
+		if len(m.unrest()) == 0 || ctx.Err() != nil {
+			break
+		}
+	}
 	if err := m.probe(ctx, b); err != nil {
 		return m, err
 	}
 	m.judge()
-	return m, errors.Join(m.admit(cfg, progress), ctx.Err())
+	if err := errors.Join(m.admit(cfg, progress), ctx.Err()); err != nil || !cfg.has("memory") {
+		return m, err
+	}
+	var err error
+	m.Taking, err = probeMemory(ctx, b)
+	return m, err
 }
 
 // admit tells what was found, and refuses a busy machine unless it is forced.
@@ -77,17 +92,26 @@ func (m *machine) admit(cfg Config, progress *progress) error {
 	return nil
 }
 
-// judge says what is wrong with the machine, and how large a backend it can bear.
-func (m *machine) judge() {
+// unrest is what else goes on.
+func (m *machine) unrest() []string {
+	var found []string
 	fault := func(is bool, format string, args ...any) {
 		if is {
-			m.Busy = append(m.Busy, fmt.Sprintf(format, args...))
+			found = append(found, fmt.Sprintf(format, args...))
 		}
 	}
 	fault(m.Taken > mostTaken, "other processes take %.0f %% of the processors (at most %.0f %%)", 100*m.Taken, 100*mostTaken)
 	fault(m.Stolen > mostStolen, "the hypervisor keeps back %.0f %% of the processors (at most %.0f %%)", 100*m.Stolen, 100*mostStolen)
 	fault(m.Lag > mostLag, "timers are %s late (at most %s)", m.Lag.Round(time.Millisecond), mostLag)
-	fault(m.Answers < fewestAnswer, "an idle backend answers %.0f times a second (at least %d)", m.Answers, fewestAnswer)
+	return found
+}
+
+// judge says what is wrong with the machine, and how large a backend it can bear.
+func (m *machine) judge() {
+	m.Busy = m.unrest()
+	if m.Answers < fewestAnswer {
+		m.Busy = append(m.Busy, fmt.Sprintf("an idle backend answers %.0f times a second (at least %d)", m.Answers, fewestAnswer))
+	}
 	m.Workers = min(fullWorkers, max(leastWorker, int(fullWorkers*m.Answers/fullAnswers)))
 }
 

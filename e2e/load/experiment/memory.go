@@ -1,6 +1,8 @@
 package experiment
 
 import (
+	"context"
+	"fmt"
 	"math"
 	"strconv"
 	"time"
@@ -8,9 +10,7 @@ import (
 
 // Of part memory.
 const (
-	memoryRate    = 1000
 	memorySize    = 16 << 10
-	memoryLimit   = "64MiB"
 	memoryLatency = time.Second
 	// memoryDeadline is time enough for an order, if nothing holds it up for longer than the backend takes for it.
 	memoryDeadline = 2 * time.Second
@@ -18,19 +18,49 @@ const (
 	memoryWorkers = 64
 	// memoryWindow is how many orders it has in memory, beyond those that are being committed.
 	memoryWindow = 128
+	// memoryProcessors are those of the gateway. Go's collector takes up to half of what there is when memory runs out
+	// (gcCPULimiter), and what is left has to be too little or the gateway lives on: with more processors that would be
+	// a matter of how many the machine happens to have.
+	memoryProcessors = 1
+	// memoryShare is the load as a share of what the gateway can do with memory enough: more than what the collector
+	// leaves it without, less than all.
+	memoryShare = 0.5
 )
 
 // variantLimited is a gateway with little memory.
-const variantLimited = "GOMEMLIMIT=" + memoryLimit
+const variantLimited = "little memory"
+
+// probeMemory is how many orders a second the gateway takes on an ideal backend and with memory enough. It is not found out
+// by waiting clients of a slow backend, since that is what is measured later.
+func probeMemory(ctx context.Context, b *bench) (float64, error) {
+	m, err := b.measure(ctx, point{part: "memory", mode: modeSync, orders: 2000, clients: 64, size: memorySize, deadline: time.Minute,
+		backend: []string{"--latency", "0s"}, processors: memoryProcessors}, 1)
+	if err != nil {
+		return 0, fmt.Errorf("probe a gateway with one processor: %w", err)
+	}
+	return m.row.perMinute / 60, nil
+}
+
+// memoryLoad scales part memory to what probeMemory has found. More than the most is no clearer and takes the processors of
+// the load generator; less than the least would wait in little memory.
+func memoryLoad(probed float64) float64 {
+	const step, least, most = 50, 400, 2500
+	return min(max(math.Floor(memoryShare*probed/step)*step, least), most)
+}
+
+// memoryLimit is too little for the orders that wait in a second, and plenty for an asynchronous gateway.
+func (p plan) memoryLimit() string { return fmt.Sprintf("%.0fMiB", p.memoryRate*64/1000) }
 
 func memory() part {
 	return part{
 		name: "memory", title: "D. Memory: what waits has to be somewhere",
-		about: "1,000 orders a second of 16 KiB each, on a backend that takes one second for each, for any number at once. In the synchronous gateway a thousand requests " +
-			"wait at any time, with all that they hold. With GOMEMLIMIT=64MiB that is more than there is room for: the garbage collector runs all the time, the requests " +
+		about: "Orders of 16 KiB on a backend that takes one second for each, for any number at once. The gateway has one processor and half of the load that it bears " +
+			"without waiting for anything, which is measured first. In the synchronous gateway a second's orders wait at any time, with all that they hold. With a GOMEMLIMIT of " +
+			"64 KiB for each of them (64MiB at 1,000 orders a second) that is more than there is room for: the garbage collector runs all the time, the requests " +
 			"take longer, more of them wait. This is the feedback of the original, in Go. The asynchronous gateway keeps what waits on the disk, and at most 128 orders in memory.",
 		caveats: []string{
 			"The limit is chosen to be too small. Without it the same gateway takes the memory that it needs, and the collector costs next to nothing.",
+			"The collector takes no more than half of the processors. A gateway that has twice the processors that its load needs lives with too little memory, at that price.",
 			"The asynchronous gateway saves 64 orders a second here, since that is its limit of concurrent calls; the rest is its backlog, on disk.",
 			"A backend that serves any number at once is the best case for the synchronous way.",
 		},
@@ -47,13 +77,13 @@ func memoryPoints(p plan) []point {
 	var points []point
 	for _, k := range kinds {
 		point := point{
-			part: "memory", mode: k.mode, variant: k.variant, rate: memoryRate, arrivals: ArrivalsConstant, size: memorySize,
-			warmup: p.either(3, 5), window: p.either(5, 20), deadline: memoryDeadline,
+			part: "memory", mode: k.mode, variant: k.variant, rate: p.memoryRate, arrivals: ArrivalsConstant, size: memorySize,
+			warmup: p.either(3, 5), window: p.either(5, 20), deadline: memoryDeadline, processors: memoryProcessors,
 			backend:  []string{"--latency", memoryLatency.String()},
 			settings: map[string]string{"dispatch.concurrency": strconv.Itoa(memoryWorkers), "pubsub.gochannel.window": strconv.Itoa(memoryWindow)},
 		}
 		if k.variant == variantLimited {
-			point.memoryLimit = memoryLimit
+			point.memoryLimit = p.memoryLimit()
 		}
 		if k.mode == modeSyncLimit {
 			point.settings["intake.sync_limit"] = strconv.Itoa(memoryWorkers)
@@ -76,13 +106,13 @@ func judgeMemory(_ plan, rows []row) []verdict {
 	}
 }
 
-func memoryTables(_ plan, rows []row) []table {
-	t := table{Title: "1,000 orders a second of 16 KiB on a backend of 1 s",
+func memoryTables(p plan, rows []row) []table {
+	t := table{Title: fmt.Sprintf("%.0f orders a second of 16 KiB on a backend of 1 s", p.memoryRate),
 		Columns: []string{"way", "memory limit", "in time /s", "2xx p50 ms", "2xx p99 ms", "most memory MiB", "most goroutines", "collector, cores", "gateway, cores"}}
 	for _, r := range rows {
 		limit := "none"
 		if r.variant == variantLimited {
-			limit = "64 MiB"
+			limit = p.memoryLimit()
 		}
 		t.add(r.mode, limit, figure(r.goodput), figure(r.p50), figure(r.p99), figure(r.memory), figure(r.goroutines), figure(r.collector), figure(r.gatewayCores))
 	}
@@ -93,7 +123,7 @@ func memoryCharts(p plan, r partResult) []chart {
 	lines := func(y func(i *instant) *float64) []line {
 		var lines []line
 		for _, point := range memoryPoints(p) {
-			l := line{label: point.mode + ", 64 MiB", colour: point.mode}
+			l := line{label: point.mode + ", " + p.memoryLimit(), colour: point.mode}
 			if point.variant == "" {
 				l.label, l.dashed = point.mode+", no limit", true
 			}

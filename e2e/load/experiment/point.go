@@ -36,6 +36,7 @@ type point struct {
 	backend     []string          // flags of the stand-in
 	settings    map[string]string // of the gateway, by configuration key
 	memoryLimit string            // GOMEMLIMIT of the gateway, "" = none
+	processors  int               // GOMAXPROCS of the gateway, 0 = those of the machine
 	capacity    float64           // of the backend in orders per second, 0 if it is not limited
 
 	stallAfter, stallFor time.Duration // when in the window the backend stalls, and for how long
