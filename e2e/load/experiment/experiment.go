@@ -128,7 +128,7 @@ func Run(ctx context.Context, cfg Config, deps Deps) (err error) {
 		}
 	}()
 
-	b := &bench{binary: deps.Binary, environ: deps.Environ, dir: dir, broker: cfg.Backend}
+	b := &bench{binary: deps.Binary, environ: deps.Environ, dir: dir, broker: cfg.Backend, again: cfg.Runs * mostAgain}
 	progress := &progress{out: deps.Stderr}
 	machine, err := calibrate(ctx, b, cfg, progress)
 	if err != nil {
