@@ -267,51 +267,85 @@ func (f *forecast) patience(now time.Time) time.Duration {
 }
 
 // rate returns how many orders per second become final, 0 if that is not known,
-// and for how long none has although there are some. It measures from one time
-// at which some were finished to another: elsewhere finished ones are seen once
-// a second only.
+// and for how long none has although there are some.
 func (f *forecast) rate(now time.Time) (perSecond float64, stalled time.Duration) {
-	end, start, gap := -1, -1, time.Duration(0)
 	newest := f.drains[len(f.drains)-1]
-	busySince := newest.at
-	for i := len(f.drains) - 1; i > 0 && f.drains[i-1].backlog > 0 && newest.backlog > 0; i-- {
-		d, earlier := f.drains[i], f.drains[i-1]
-		busySince = earlier.at
-		if d.finished < earlier.finished {
-			break // a replay
-		}
-		if d.finished > earlier.finished {
-			if end < 0 {
-				end = i
-			} else {
-				gap = max(gap, f.drains[start].at.Sub(d.at))
-			}
-			start = i
-		}
-		if end >= 0 && f.measured(start, end, earlier, newest.backlog) {
-			break
-		}
-	}
-	if end < 0 {
+	all := f.stretch(newest.backlog, func(int) bool { return true })
+	if all.end < 0 {
 		if newest.backlog > 0 {
-			stalled = now.Sub(busySince)
+			stalled = now.Sub(all.busySince)
 		}
 		return 0, stalled
 	}
-	silence := now.Sub(f.drains[end].at)
-	if silence > max(stallMin, 3*gap, 3*f.attempt) {
+	silence := now.Sub(f.drains[all.end].at)
+	if silence > max(stallMin, 3*all.gap, 3*f.attempt) {
 		return 0, silence
 	}
-	n, span := f.drains[end].finished-f.drains[start].finished, f.drains[end].at.Sub(f.drains[start].at)
+	n, span := f.between(all)
+	// Calls that began together end together. From the middle of one such burst
+	// to the end of another, up to a burst too many would be counted, and of
+	// the first few that is a lot: ends of bursts are better, if there are any.
+	// A straggler is not a burst.
+	if ends := f.stretch(newest.backlog, f.quietAfter); ends.end >= 0 {
+		if m, apart := f.between(ends); 2*m >= n && 2*apart >= span && apart <= 2*span+drainSpan {
+			n, span = m, apart
+		} else if span < drainSpan {
+			return 0, 0
+		}
+	}
 	if span < drainSpanMin || (n < drainOrdersMin && span < drainSpan) {
 		return 0, 0
 	}
 	return float64(n) / span.Seconds(), 0
 }
 
-// measured reports whether it is enough to look at the drains from start to end.
-func (f *forecast) measured(start, end int, earlier drain, backlog int64) bool {
-	n, span := f.drains[end].finished-f.drains[start].finished, f.drains[end].at.Sub(f.drains[start].at)
+// stretch is a part of drains that the rate is measured over: from one at which
+// orders were finished to another. Elsewhere finished ones are seen once a
+// second only.
+type stretch struct {
+	start, end int           // -1 if there is none
+	gap        time.Duration // longest time in which nothing was finished
+	busySince  time.Time     // no later than that orders have been waiting
+}
+
+// stretch returns the latest one that is long enough, or else the longest that
+// there is, between drains that may be used.
+func (f *forecast) stretch(backlog int64, use func(i int) bool) stretch {
+	s := stretch{start: -1, end: -1, busySince: f.drains[len(f.drains)-1].at}
+	for i := len(f.drains) - 1; i > 0 && f.drains[i-1].backlog > 0 && backlog > 0; i-- {
+		d, earlier := f.drains[i], f.drains[i-1]
+		s.busySince = earlier.at
+		if d.finished < earlier.finished {
+			break // a replay
+		}
+		if d.finished > earlier.finished && use(i) {
+			if s.end < 0 {
+				s.end = i
+			} else {
+				s.gap = max(s.gap, f.drains[s.start].at.Sub(d.at))
+			}
+			s.start = i
+		}
+		if s.end >= 0 && f.measured(s, earlier, backlog) {
+			break
+		}
+	}
+	return s
+}
+
+// quietAfter reports whether nothing was finished next.
+func (f *forecast) quietAfter(i int) bool {
+	return i+1 < len(f.drains) && f.drains[i+1].finished == f.drains[i].finished
+}
+
+// between returns what was finished in a stretch, and how long that took.
+func (f *forecast) between(s stretch) (int64, time.Duration) {
+	return f.drains[s.end].finished - f.drains[s.start].finished, f.drains[s.end].at.Sub(f.drains[s.start].at)
+}
+
+// measured reports whether it is enough to look at the drains of a stretch.
+func (f *forecast) measured(s stretch, earlier drain, backlog int64) bool {
+	n, span := f.between(s)
 	switch {
 	case n >= drainOrders && span >= drainSpan, span >= drainMost:
 		return true

@@ -108,6 +108,47 @@ func TestTheDrainIsSeenInLeaps(t *testing.T) {
 	require.InEpsilon(t, 6000.0/500, q.at(0).completion.Sub(q.now).Seconds(), 0.05)
 }
 
+// Where all calls begin at once and take equally long, orders are finished in
+// bursts, which take a while themselves.
+func TestTheDrainComesInBursts(t *testing.T) {
+	for _, apart := range []time.Duration{400 * time.Millisecond, 640 * time.Millisecond, 2 * time.Second} {
+		for _, lasts := range []time.Duration{10 * time.Millisecond, 80 * time.Millisecond, 160 * time.Millisecond} {
+			t.Run(fmt.Sprintf("%s apart, %s long", apart, lasts), func(t *testing.T) {
+				q := newSimulated()
+				q.pass(100*time.Millisecond, 50_000, 0)
+				rate := 64 / apart.Seconds()
+				for burst := range 10 {
+					q.pass(apart-lasts, 0, 0)
+					for at := time.Duration(0); at < lasts; at += 10 * time.Millisecond {
+						q.pass(10*time.Millisecond, 0, 6400/float64(lasts/(10*time.Millisecond)))
+						if e := q.at(0); !e.completion.IsZero() {
+							require.InEpsilon(t, float64(q.counts[contract.StatusAccepted])/rate, e.completion.Sub(q.now).Seconds(), 0.15, "in burst %d", burst+1)
+						} else {
+							require.Less(t, burst, 3, "it must be known by now")
+						}
+					}
+				}
+			})
+		}
+	}
+}
+
+func TestAStragglerIsNotABurst(t *testing.T) {
+	q := newSimulated()
+	q.pass(100*time.Millisecond, 50_000, 0)
+	for range 3 {
+		q.pass(400*time.Millisecond, 0, 0)
+		q.pass(70*time.Millisecond, 0, 900) // 63
+		q.pass(200*time.Millisecond, 0, 0)
+		q.pass(10*time.Millisecond, 0, 100) // one more
+		q.pass(130*time.Millisecond, 0, 0)
+		if e := q.at(0); !e.completion.IsZero() {
+			require.InEpsilon(t, float64(q.counts[contract.StatusAccepted])/79, e.completion.Sub(q.now).Seconds(), 0.25)
+		}
+	}
+	require.NotZero(t, q.at(0).completion)
+}
+
 func TestTheFirstOrderOfAnIdleGatewayTakesAsLongAsAnAttempt(t *testing.T) {
 	q := newSimulated()
 	q.pass(time.Second, 0, 0)
