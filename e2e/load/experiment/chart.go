@@ -100,9 +100,14 @@ func (c chart) render(t theme) ([]byte, error) {
 		p.Add(area)
 	}
 	p.Add(grid)
-	for _, l := range c.lines {
-		if err := l.draw(p, t, c.logY); err != nil {
-			return nil, fmt.Errorf("draw %s: %w", c.name, err)
+	for _, dashed := range []bool{false, true} { // a dashed line leaves something to see of one under it
+		for _, l := range c.lines {
+			if l.dashed != dashed {
+				continue
+			}
+			if err := l.draw(p, t, c.logY); err != nil {
+				return nil, fmt.Errorf("draw %s: %w", c.name, err)
+			}
 		}
 	}
 	p.Y.Min, p.Y.Max = low, high
@@ -146,7 +151,16 @@ func (c chart) layOut(p *plot.Plot, t theme, whole draw.Canvas) {
 	entries := c.legend(t)
 	rows := (len(entries) + columns - 1) / columns
 	height := vg.Length(rows)*rowHeight + 8
-	p.Draw(draw.Crop(whole, 4, -12, height, -4))
+	bottom := height
+	if c.logX {
+		// On a logarithmic axis the library keeps room for the name where its mean value is, and that at the right.
+		name := p.X.Label.TextStyle
+		name.XAlign, name.YAlign = draw.XCenter, draw.YCenter
+		whole.FillText(name, vg.Point{X: (whole.Min.X+whole.Max.X)/2 + 20, Y: whole.Min.Y + height + 5}, p.X.Label.Text)
+		p.X.Label.Text = ""
+		bottom += rowHeight
+	}
+	p.Draw(draw.Crop(whole, 4, -12, bottom, -4))
 	style := p.Legend.TextStyle
 	style.YAlign = draw.YCenter
 	width := (whole.Max.X - whole.Min.X - 50) / columns

@@ -174,8 +174,8 @@ func TestTheLoadOfPartMemoryFollowsWhatTheGatewayTakes(t *testing.T) {
 			require.InDelta(t, rate, p.rate, 0, "%v", taking)
 		}
 	}
-	require.Equal(t, "64MiB", plan{memoryRate: 1000}.memoryLimit())
-	require.Equal(t, "26MiB", plan{memoryRate: 400}.memoryLimit())
+	require.Equal(t, "64 MiB", plan{memoryRate: 1000}.memoryLimit())
+	require.Equal(t, "26 MiB", plan{memoryRate: 400}.memoryLimit())
 }
 
 func TestABusyMachineIsRefusedWithItsReasons(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -49,7 +50,7 @@ func memoryLoad(probed float64) float64 {
 }
 
 // memoryLimit is too little for the orders that wait in a second, and plenty for an asynchronous gateway.
-func (p plan) memoryLimit() string { return fmt.Sprintf("%.0fMiB", p.memoryRate*64/1000) }
+func (p plan) memoryLimit() string { return fmt.Sprintf("%.0f MiB", p.memoryRate*64/1000) }
 
 func memory() part {
 	return part{
@@ -83,7 +84,7 @@ func memoryPoints(p plan) []point {
 			settings: map[string]string{"dispatch.concurrency": strconv.Itoa(memoryWorkers), "pubsub.gochannel.window": strconv.Itoa(memoryWindow)},
 		}
 		if k.variant == variantLimited {
-			point.memoryLimit = p.memoryLimit()
+			point.memoryLimit = strings.ReplaceAll(p.memoryLimit(), " ", "")
 		}
 		if k.mode == modeSyncLimit {
 			point.settings["intake.sync_limit"] = strconv.Itoa(memoryWorkers)
