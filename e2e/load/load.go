@@ -85,8 +85,10 @@ func (g *generator) run(ctx context.Context) {
 		g.openLoop(ctx)
 	}
 	g.clients.Wait()
-	if !undisturbed() {
-		g.recorder.stop() // which may only be about to run
+	undisturbed()
+	if ctx.Err() != nil {
+		// What runs after the end of ctx may not have begun when we see that end, and is held off by now.
+		g.recorder.stop()
 	}
 }
 

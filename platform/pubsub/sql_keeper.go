@@ -52,6 +52,11 @@ func (s *sqlSource) keep(ctx context.Context) {
 		case <-heartbeat.C:
 			err = s.extend(writing)
 		case <-tidy.C:
+			if s.busy() { // soon it may not be for a moment
+				tidy.Reset(tidyAgain)
+				continue
+			}
+			tidy.Reset(tidyEvery)
 			s.tidy(writing)
 		case <-again:
 			err = s.extend(writing) // no claim is made before
@@ -219,23 +224,27 @@ const (
 	// tidyEvery is how often a queue is looked at that may be larger than what
 	// is in it.
 	tidyEvery = 5 * time.Second
+	// tidyAgain is when one is looked at again whose messages were being handled
+	// just then.
+	tidyAgain = 50 * time.Millisecond
 	// tidyFrom is the size in bytes that a queue may keep for its next messages.
 	tidyFrom = 4 << 20
 	// tidyTimeout bounds how long others wait for a queue that is being tidied.
 	tidyTimeout = 200 * time.Millisecond
 )
 
+// busy reports whether there are messages that are claimed.
+func (s *sqlSource) busy() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.held) > 0
+}
+
 // tidy gives the disk back that an empty queue takes up. Vacuum makes deleted
 // rows free for new ones, but an index whose entries only ever grow keeps its
 // size. It does nothing while anything is in the table or on its way into it,
 // and gives up when that does not show at once; the next time will do.
 func (s *sqlSource) tidy(ctx context.Context) {
-	s.mu.Lock()
-	busy := len(s.held) > 0
-	s.mu.Unlock()
-	if busy {
-		return
-	}
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
 	if err := s.truncateIfEmpty(ctx); err != nil {
