@@ -901,7 +901,11 @@ func (c *wire) receive(t testing.TB) answer {
 }
 
 func (c *wire) answer() (answer, error) {
-	res, err := http.ReadResponse(c.in, nil)
+	method, _, _ := strings.Cut(c.sent, " ")
+	res, err := http.ReadResponse(c.in, &http.Request{Method: method})
+	for err == nil && res.StatusCode == http.StatusContinue {
+		res, err = http.ReadResponse(c.in, &http.Request{Method: method})
+	}
 	if err != nil {
 		return answer{}, err
 	}

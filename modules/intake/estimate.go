@@ -270,7 +270,7 @@ func (f *forecast) patience(now time.Time) time.Duration {
 // and for how long none has although there are some.
 func (f *forecast) rate(now time.Time) (perSecond float64, stalled time.Duration) {
 	newest := f.drains[len(f.drains)-1]
-	all := f.stretch(newest.backlog, func(int) bool { return true })
+	all := f.stretch(newest.backlog, 0, func(int) bool { return true })
 	if all.end < 0 {
 		if newest.backlog > 0 {
 			stalled = now.Sub(all.busySince)
@@ -285,11 +285,13 @@ func (f *forecast) rate(now time.Time) (perSecond float64, stalled time.Duration
 	// Calls that began together end together. From the middle of one such burst
 	// to the end of another, up to a burst too many would be counted, and of
 	// the first few that is a lot: ends of bursts are better, if there are any.
-	// A straggler is not a burst.
-	if ends := f.stretch(newest.backlog, f.quietAfter); ends.end >= 0 {
-		if m, apart := f.between(ends); 2*m >= n && 2*apart >= span && apart <= 2*span+drainSpan {
+	// A straggler is not a burst, and what was before says nothing of now.
+	if ends := f.stretch(newest.backlog, all.start, f.quietAfter); ends.end >= 0 {
+		m, apart := f.between(ends)
+		age := f.drains[all.end].at.Sub(f.drains[ends.end].at)
+		if 2*m >= n && 2*apart >= span && apart <= 2*span+drainSpan && 2*age <= span {
 			n, span = m, apart
-		} else if span < drainSpan {
+		} else if span < max(drainSpan, 2*all.gap) {
 			return 0, 0
 		}
 	}
@@ -309,10 +311,13 @@ type stretch struct {
 }
 
 // stretch returns the latest one that is long enough, or else the longest that
-// there is, between drains that may be used.
-func (f *forecast) stretch(backlog int64, use func(i int) bool) stretch {
+// there is, between drains that may be used. It does not end before drain from.
+func (f *forecast) stretch(backlog int64, from int, use func(i int) bool) stretch {
 	s := stretch{start: -1, end: -1, busySince: f.drains[len(f.drains)-1].at}
 	for i := len(f.drains) - 1; i > 0 && f.drains[i-1].backlog > 0 && backlog > 0; i-- {
+		if s.end < 0 && i < from {
+			break
+		}
 		d, earlier := f.drains[i], f.drains[i-1]
 		s.busySince = earlier.at
 		if d.finished < earlier.finished {

@@ -111,7 +111,7 @@ func TestTheDrainIsSeenInLeaps(t *testing.T) {
 // Where all calls begin at once and take equally long, orders are finished in
 // bursts, which take a while themselves.
 func TestTheDrainComesInBursts(t *testing.T) {
-	for _, apart := range []time.Duration{400 * time.Millisecond, 640 * time.Millisecond, 2 * time.Second} {
+	for _, apart := range []time.Duration{400 * time.Millisecond, 640 * time.Millisecond, 2 * time.Second, 5 * time.Second} {
 		for _, lasts := range []time.Duration{10 * time.Millisecond, 80 * time.Millisecond, 160 * time.Millisecond} {
 			t.Run(fmt.Sprintf("%s apart, %s long", apart, lasts), func(t *testing.T) {
 				q := newSimulated()
@@ -131,6 +131,24 @@ func TestTheDrainComesInBursts(t *testing.T) {
 			})
 		}
 	}
+}
+
+func TestBurstsOfThePastSayNothingOfASteadyDrain(t *testing.T) {
+	q := newSimulated()
+	q.pass(100*time.Millisecond, 500_000, 0)
+	for range 8 { // another process handles the outcomes
+		q.pass(990*time.Millisecond, 0, 0)
+		q.pass(10*time.Millisecond, 0, 200_000)
+	}
+	q.pass(5*time.Second, 0, 400)
+	require.InEpsilon(t, float64(q.counts[contract.StatusAccepted])/400, q.at(0).completion.Sub(q.now).Seconds(), 0.3)
+
+	q = newSimulated()
+	q.pass(100*time.Millisecond, 20, 0)
+	q.pass(20*time.Second, 20, 20) // always one or two, with quiet in between
+	q.pass(100*time.Millisecond, 200_000, 1000)
+	q.pass(time.Second, 1000, 1000)
+	require.InEpsilon(t, float64(q.counts[contract.StatusAccepted])/1000, q.at(0).completion.Sub(q.now).Seconds(), 0.1)
 }
 
 func TestAStragglerIsNotABurst(t *testing.T) {

@@ -103,7 +103,7 @@ type backend interface {
 	subscribe(ctx context.Context, d demand) (<-chan *message.Message, source, error)
 	health(ctx context.Context) error
 	// close waits for the library. The PubSub's closing, which makes waiting
-	// publishers return, is closed before.
+	// publishers return, is closed before, and nothing is acked after.
 	close() error
 }
 

@@ -152,7 +152,7 @@ func TestTheQuickPlanTakesLessThanThreeMinutes(t *testing.T) {
 			sum += point.expected()
 		}
 	}
-	require.Less(t, sum, 170*time.Second, "with the calibration and a point measured twice")
+	require.Less(t, sum, 160*time.Second, "with the calibration and a point measured twice")
 	require.Greater(t, sum, time.Minute)
 }
 
@@ -168,14 +168,14 @@ func TestSynchronousPointsWarmUpUntilTheQueueIsFull(t *testing.T) {
 }
 
 func TestTheLoadOfPartMemoryFollowsWhatTheGatewayTakes(t *testing.T) {
-	for taking, rate := range map[float64]float64{0: 400, 100: 400, 1000: 500, 1430: 700, 1e6: 2500} {
+	for taking, rate := range map[float64]float64{0: 400, 100: 400, 1000: 500, 1430: 750, 1e6: 2500} {
 		plan := newPlan(DefaultConfig(), machine{Taking: taking})
 		for _, p := range memoryPoints(plan) {
 			require.InDelta(t, rate, p.rate, 0, "%v", taking)
 		}
 	}
 	require.Equal(t, "64 MiB", plan{memoryRate: 1000}.memoryLimit())
-	require.Equal(t, "26 MiB", plan{memoryRate: 400}.memoryLimit())
+	require.Equal(t, "32 MiB", plan{memoryRate: 400}.memoryLimit())
 }
 
 func TestABusyMachineIsRefusedWithItsReasons(t *testing.T) {

@@ -46,17 +46,17 @@ func probeMemory(ctx context.Context, b *bench) (float64, error) {
 // the load generator; less than the least would wait in little memory.
 func memoryLoad(probed float64) float64 {
 	const step, least, most = 50, 400, 2500
-	return min(max(math.Floor(memoryShare*probed/step)*step, least), most)
+	return min(max(math.Ceil(memoryShare*probed/step)*step, least), most)
 }
 
 // memoryLimit is too little for the orders that wait in a second, and plenty for an asynchronous gateway.
-func (p plan) memoryLimit() string { return fmt.Sprintf("%.0f MiB", p.memoryRate*64/1000) }
+func (p plan) memoryLimit() string { return fmt.Sprintf("%.0f MiB", max(p.memoryRate*64/1000, 32)) }
 
 func memory() part {
 	return part{
 		name: "memory", title: "D. Memory: what waits has to be somewhere",
-		about: "Orders of 16 KiB on a backend that takes one second for each, for any number at once. The gateway has one processor and half of the load that it bears " +
-			"without waiting for anything, which is measured first. In the synchronous gateway a second's orders wait at any time, with all that they hold. With a GOMEMLIMIT of " +
+		about: "Orders of 16 KiB on a backend that takes one second for each, for any number at once. The gateway has one processor and about half of the load that it bears " +
+			"without waiting for anything (which is measured first), from 400 to 2,500 orders a second. In the synchronous gateway a second's orders wait at any time, with all that they hold. With a GOMEMLIMIT of " +
 			"64 KiB for each of them (64MiB at 1,000 orders a second) that is more than there is room for: the garbage collector runs all the time, the requests " +
 			"take longer, more of them wait. This is the feedback of the original, in Go. The asynchronous gateway keeps what waits on the disk, and at most 128 orders in memory.",
 		caveats: []string{

@@ -137,6 +137,9 @@ func (r *result) facts() [][2]string {
 		{"gateway", "SQLite on disk, synchronous=FULL; message broker " + r.Backend},
 		{"measured", fmt.Sprintf("%s, runs of each point: %d (tables and checks have the median), took %s", kind, r.Runs, r.Took.Round(time.Second))},
 	}
+	if m.Taking > 0 {
+		facts = append(facts, [2]string{"a gateway with one processor", fmt.Sprintf("took %.0f synchronous orders of 16 KiB a second on an ideal backend; part D has %.0f", m.Taking, r.plan.memoryRate)})
+	}
 	if r.Arrivals != ArrivalsConstant || r.Service != ServiceConstant || r.Cancellation != CancellationIgnored {
 		facts = append(facts, [2]string{"overload with", r.Arrivals + " arrivals, " + r.Service + " service times, cancellation " + r.Cancellation})
 	}
