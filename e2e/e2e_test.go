@@ -256,7 +256,9 @@ func backend(t testing.TB, args ...string) *standIn {
 func backendAt(t testing.TB, addr string, args ...string) *standIn {
 	t.Helper()
 	p := launch(t, binary(t, false), nil, append([]string{"backend", "--addr", addr}, args...)...)
-	return &standIn{process: p, url: "http://" + p.text(t, "addr=")}
+	listens := p.text(t, "addr=")
+	contract.forget(listens) // which a gateway may have had
+	return &standIn{process: p, url: "http://" + listens}
 }
 
 // text waits for a log line in text format with the given attribute, and
