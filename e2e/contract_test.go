@@ -233,7 +233,7 @@ func (d *document) check(host, method string, target *url.URL, a answer, body bo
 	switch {
 	case operation != nil:
 	case a.status == http.StatusTemporaryRedirect || a.status == http.StatusMovedPermanently:
-		if clean := path.Clean(target.Path); clean == target.Path || strings.TrimSuffix(target.Path, "/") == clean {
+		if clean := path.Clean(target.Path); clean == target.Path || clean+"/" == target.Path && clean != "/" {
 			return fmt.Errorf("%s: a redirect from a path that is clean", asked)
 		}
 		return nil

@@ -38,6 +38,7 @@ func FuzzRequest(f *testing.F) {
 		{"GET /orders/01938a5c-7c00-7abc-8def-0123456789ab/events", "Last-Event-ID: -1\r\nAccept: text/event-stream", ""},
 		{"HEAD /orders/../docs//%2e%2e/%2f", "Range: bytes=5-1\r\nAuthorization: Bearer \x00", ""},
 		{"OPTIONS *", "Origin: null", ""},
+		{"GET //", "", ""},
 		{"PUT /problems/duplicate-order", "Transfer-Encoding: chunked", "5\r\nabcde\r\nz"},
 	} {
 		f.Add(seed.target, seed.headers, seed.body)
