@@ -410,4 +410,14 @@ func testBacklogLimit(t *testing.T, h home) {
 	a := g.post(t, body("A-3"))
 	a.problem(t, http.StatusServiceUnavailable, "backlog-full")
 	require.NotEmpty(t, a.header.Get("Retry-After"))
+
+	// What is there already needs no room: a client whose answer got lost asks for it even now.
+	a = g.post(t, body("A-1"))
+	require.Equal(t, http.StatusAccepted, a.status, string(a.body))
+	require.Equal(t, "true", a.header.Get("Idempotent-Replayed"))
+	g.post(t, strings.Replace(body("A-1"), "c-1", "c-2", 1)).problem(t, http.StatusConflict, "duplicate-order-number")
+	answers := g.batch(t, body("A-2")+"\n"+body("A-3")+"\n")
+	require.True(t, answers[0].Replayed)
+	answers[1].refused(t, http.StatusServiceUnavailable, "backlog-full")
+	require.Equal(t, 2, g.status(t).Backlog)
 }

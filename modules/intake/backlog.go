@@ -17,12 +17,6 @@ type backlogLimit struct {
 	entering atomic.Int64 // let in, and maybe not in the backlog yet
 }
 
-// full reports whether an order would be refused at this moment. It keeps no
-// place.
-func (l *backlogLimit) full() bool {
-	return l.limit > 0 && l.backlog()+l.entering.Load() >= l.limit
-}
-
 // enter keeps places for n orders and reports true, or reports false if there
 // are not as many. With true, leave gives them back when the orders are in the
 // store, or are not going to be.

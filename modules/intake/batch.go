@@ -58,7 +58,8 @@ type line struct {
 	number    int
 	change    *change
 	submitted submission
-	err       error // of submitting it
+	err       error // of looking for what it repeats, or of submitting it
+	place     bool  // it has a place in the backlog
 	text      []byte
 	cost      int64 // of the window
 	held      room  // for a line that is long
@@ -184,7 +185,7 @@ func (b *batch) pace() error {
 	return nil
 }
 
-// accept makes an order of the text and submits it, or refuses it.
+// accept makes an order of the text that is to be submitted, or refuses it.
 func (b *batch) accept(ctx context.Context, l *line, text []byte) {
 	if !b.lines.kept {
 		text = bytes.Clone(text)
@@ -196,9 +197,12 @@ func (b *batch) accept(ctx context.Context, l *line, text []byte) {
 		l.text = b.refusal(l.number, *problem)
 		return
 	}
-	if !b.enter(ctx) {
-		l.text = b.refusal(l.number, problemBacklogFull(b.m.cfg.MaxBacklog))
-		return
+	if l.place = b.enter(ctx); !l.place {
+		var repeats bool
+		if repeats, l.err = b.m.repeats(ctx, o); l.err == nil && !repeats {
+			l.text = b.refusal(l.number, problemBacklogFull(b.m.cfg.MaxBacklog))
+			return
+		}
 	}
 	o.PublishAt = o.AcceptedAt
 	l.change = &change{insert: o}
@@ -225,7 +229,7 @@ func (b *batch) pass(ctx context.Context, l line) {
 	}
 	l.cost = min(int64(lineCost+size), batchWindow)
 	_ = b.window.Acquire(ctx, l.cost) // ctx does not end
-	if l.change != nil {
+	if l.change != nil && l.err == nil {
 		l.submitted, l.err = b.m.writer.submit(ctx, l.change)
 	}
 	b.taken <- l // has place for all that the window has
@@ -239,6 +243,8 @@ func (b *batch) answer(ctx context.Context) {
 		text = append(text[:0], l.text...)
 		if l.change != nil {
 			text = b.outcome(ctx, text, l, &out)
+		}
+		if l.place {
 			b.m.backlog.leave(1)
 		}
 		l.held.release()
@@ -287,7 +293,7 @@ func (b *batch) outcome(ctx context.Context, text []byte, l line, out *answers) 
 		err = l.submitted.Wait(ctx)
 	}
 	if b.failed(ctx, err) {
-		return append(text, b.refusal(l.number, problemStorage(false))...)
+		return append(text, b.refusal(l.number, problemStorage(err))...)
 	}
 	c := l.change
 	o, repeated := c.insert, false

@@ -52,10 +52,6 @@ func named(h http.HandlerFunc) http.HandlerFunc {
 func (m *Module) postOrder(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Vary", "Prefer")
 	prefer := parsePrefer(r.Header.Values("Prefer"))
-	if m.backlog.full() {
-		m.refuse(w, r, problemBacklogFull(m.cfg.MaxBacklog))
-		return
-	}
 	held := room{bodies: m.bodies}
 	defer held.release()
 	o, ok := m.readOrder(w, r, &held)
@@ -86,14 +82,30 @@ func (m *Module) postOrder(w http.ResponseWriter, r *http.Request) {
 	m.writeOrder(w, r, http.StatusAccepted, o)
 }
 
-// enter is insert with a place in the backlog.
+// enter is insert with a place in the backlog, which a repetition does not need.
 func (m *Module) enter(w http.ResponseWriter, r *http.Request, o *order) (*order, bool) {
-	if !m.backlog.enter(1) {
-		m.refuse(w, r, problemBacklogFull(m.cfg.MaxBacklog))
-		return nil, false
+	if m.backlog.enter(1) {
+		defer m.backlog.leave(1)
+		return m.insert(w, r, o)
 	}
-	defer m.backlog.leave(1)
-	return m.insert(w, r, o)
+	switch repeats, err := m.repeats(r.Context(), o); {
+	case err != nil:
+		m.failed(w, r, "store an order", err)
+	case repeats:
+		return m.insert(w, r, o)
+	default:
+		m.refuse(w, r, problemBacklogFull(m.cfg.MaxBacklog))
+	}
+	return nil, false
+}
+
+// repeats reports whether an order of that number or key is there already. A
+// client whose answer got lost learns so when the backlog is full, too.
+func (m *Module) repeats(ctx context.Context, o *order) (bool, error) {
+	if o.Number == "" && o.IdempotencyKey == "" {
+		return false, nil
+	}
+	return m.store.holds(ctx, o)
 }
 
 // insert commits the order and returns it, or the one that it repeats. When it
@@ -284,7 +296,7 @@ func (m *Module) build(ctx context.Context, outline order, body []byte) (*order,
 	var err error
 	if o.ID, err = newID(); err != nil {
 		m.logger.ErrorContext(ctx, "cannot accept an order", "error", err)
-		p := problemStorage(false)
+		p := problemStorage(err)
 		return nil, &p
 	}
 	o.Body, o.Size, o.Hash = body, len(body), doc.hash
@@ -460,8 +472,11 @@ func (m *Module) refuse(w http.ResponseWriter, r *http.Request, p httpserver.Pro
 // failed answers a request that the store could not serve, and logs why.
 func (m *Module) failed(w http.ResponseWriter, r *http.Request, what string, err error) {
 	m.logger.ErrorContext(r.Context(), "the store failed a request", "operation", what, "error", err)
-	reading := r.Method == http.MethodGet || r.Method == http.MethodHead
-	m.refuse(w, r, problemStorage(reading))
+	if r.Method == http.MethodGet || r.Method == http.MethodHead {
+		m.refuse(w, r, problemUnread())
+		return
+	}
+	m.refuse(w, r, problemStorage(err))
 }
 
 // resource is an order as clients see it.

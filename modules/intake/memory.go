@@ -85,6 +85,13 @@ func (s *memoryStore) insert(c *change) {
 	s.put(&o)
 }
 
+func (s *memoryStore) holds(_ context.Context, o *order) (bool, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, ok := s.holder(o)
+	return ok, nil
+}
+
 func (s *memoryStore) holder(o *order) (uuid.UUID, bool) {
 	if o.IdempotencyKey != "" {
 		if id, ok := s.key[ownedKey{o.Owner, o.IdempotencyKey}]; ok {

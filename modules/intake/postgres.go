@@ -120,6 +120,17 @@ const (
 	postgresSetCarrier = `INSERT INTO carrier (one, name) VALUES (1, $1) ON CONFLICT (one) DO UPDATE SET name = excluded.name`
 )
 
+func (s *postgresStore) holds(ctx context.Context, o *order) (held bool, err error) {
+	number, _ := numberColumns(o.Number)
+	err = s.db.Read(ctx, func(ctx context.Context, conn *pgx.Conn) error {
+		return conn.QueryRow(ctx, postgresHolds, o.Owner, number, textOrNull(o.IdempotencyKey)).Scan(&held)
+	})
+	if err != nil {
+		return false, fmt.Errorf("look for the holder of a number: %w", err)
+	}
+	return held, nil
+}
+
 func (s *postgresStore) get(ctx context.Context, id uuid.UUID) (o *order, err error) {
 	err = s.db.Read(ctx, func(ctx context.Context, conn *pgx.Conn) error {
 		o, err = scanPostgresOrder(conn.QueryRow(ctx, postgresGet, [16]byte(id)))

@@ -30,6 +30,7 @@ type tcpProxy struct {
 	conns   map[net.Conn]bool
 	away    bool // new connections are cut at once
 	deaf    bool // the next answer is not handed on: all connections are cut instead
+	mute    bool // the same with what is sent next
 	stalled bool // nothing is handed on any more
 }
 
@@ -86,7 +87,7 @@ func (p *tcpProxy) copy(to, from net.Conn, answers bool) {
 			return
 		}
 		p.mu.Lock()
-		swallow, stalled := answers && p.deaf, p.stalled
+		swallow, stalled := answers && p.deaf || !answers && p.mute, p.stalled
 		p.mu.Unlock()
 		switch {
 		case stalled:
@@ -109,7 +110,7 @@ func (p *tcpProxy) cut() {
 		_ = conn.Close()
 	}
 	clear(p.conns)
-	p.deaf = false
+	p.deaf, p.mute = false, false
 }
 
 func (p *tcpProxy) set(change func(*tcpProxy)) {
@@ -156,8 +157,46 @@ func TestPostgresGoesOnWhenTheNetworkIsBack(t *testing.T) {
 	requireTrueCounts(t, dsn, s)
 }
 
-// The commit happens and its answer is lost: the error says that nobody knows,
-// the change is there, is counted once, and whoever repeats it finds it.
+// The connection is lost with the answer to a commit, or with the commit itself: the server is asked which of the two it
+// was, and then nobody has to know.
+func TestPostgresFindsOutWhetherItCommitted(t *testing.T) {
+	for name, lose := range map[string]func(*tcpProxy){
+		"it did":     func(p *tcpProxy) { p.deaf = true },
+		"it did not": func(p *tcpProxy) { p.mute = true },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dsn := services.Postgres(t)
+			proxy, through := throughProxy(t, dsn)
+			s := openPostgres(t, through)
+			defer func() { require.NoError(t, s.close()) }()
+			first, second, free := testOrder("A"), testOrder("B"), testOrder("")
+			insertOrders(t, s, first, second)
+			// The statements are prepared by now, so what is said next after
+			// the update's function is the commit.
+			update(t, s, first.ID, finishAs(contract.StatusSaved))
+			updates := 0
+			insert, updated := &change{insert: free}, &change{id: second.ID, update: func(o *order) verdict {
+				if updates++; updates == 1 {
+					proxy.set(lose)
+				}
+				return finishAs(contract.StatusSaved)(o)
+			}}
+			require.NoError(t, s.write(t.Context(), []*change{insert, updated}))
+			require.True(t, insert.changed)
+			require.True(t, updated.changed)
+			require.Equal(t, contract.StatusSaved, updated.found.Status)
+			for id, status := range map[uuid.UUID]contract.Status{free.ID: contract.StatusAccepted, second.ID: contract.StatusSaved} {
+				o, err := s.get(t.Context(), id)
+				require.NoError(t, err)
+				require.Equal(t, status, o.Status)
+			}
+			requireTrueCounts(t, dsn, s)
+		})
+	}
+}
+
+// The commit happens, its answer is lost, and then the server cannot be asked: the error says that nobody knows, and
+// whoever repeats the change later finds it.
 func TestPostgresSaysWhenACommitIsUncertain(t *testing.T) {
 	dsn := services.Postgres(t)
 	proxy, through := throughProxy(t, dsn)
@@ -165,16 +204,17 @@ func TestPostgresSaysWhenACommitIsUncertain(t *testing.T) {
 	defer func() { require.NoError(t, s.close()) }()
 	first, second, lost := testOrder("A"), testOrder("B"), testOrder("C")
 	insertOrders(t, s, first, second)
-	// The statements are prepared by now, so the answer that comes next after
-	// the update's function is that to the commit.
 	update(t, s, first.ID, finishAs(contract.StatusSaved))
-	c := &change{insert: lost}
-	err := s.write(t.Context(), []*change{c, {id: second.ID, update: func(o *order) verdict {
-		proxy.set(func(p *tcpProxy) { p.deaf = true })
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	err := s.write(ctx, []*change{{insert: lost}, {id: second.ID, update: func(o *order) verdict {
+		proxy.set(func(p *tcpProxy) { p.deaf, p.away = true, true })
 		return finishAs(contract.StatusSaved)(o)
 	}}})
 	require.ErrorIs(t, err, database.ErrUncertain)
 
+	proxy.set(func(p *tcpProxy) { p.away = false })
+	soon(t, func() bool { return s.ping(t.Context()) == nil })
 	repeat := &change{insert: testOrder("C")}
 	writeAll(t, s, repeat)
 	require.Equal(t, lost.ID, repeat.found.ID)

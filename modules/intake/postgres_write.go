@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/google/uuid"
@@ -32,6 +33,9 @@ const (
 			(SELECT k.id FROM orders k WHERE k.idempotency_key = r_key AND k.owner = r_owner),
 			(SELECT h.id FROM orders h WHERE h.number = r_number AND h.owner = r_owner AND h.released = '00000000-0000-0000-0000-000000000000'))`
 
+	postgresHolds = `SELECT EXISTS (SELECT 1 FROM orders WHERE idempotency_key = $3::text AND owner = $1::text)
+		OR EXISTS (SELECT 1 FROM orders WHERE number = $2::text AND owner = $1::text AND released = '00000000-0000-0000-0000-000000000000')`
+
 	postgresLock = `SELECT id FROM orders WHERE id = ANY($1::uuid[]) ORDER BY id FOR UPDATE`
 	postgresLoad = postgresSelect + `WHERE id = ANY($1::uuid[]) ORDER BY id FOR UPDATE`
 
@@ -52,18 +56,44 @@ const (
 		WHERE orders.id = v.id`
 
 	postgresDelete = `DELETE FROM orders WHERE id = ANY($1::uuid[])`
+
+	// Known before the commit, whose answer can get lost.
+	postgresXID = `SELECT pg_current_xact_id()::text::bigint`
 )
 
 // write needs two round trips, whatever the changes: one that inserts, marks
 // and locks what is to be updated, and one that updates and commits. Only where
 // insertions meet orders that are there already it needs more.
 //
-// If the connection is lost during the commit, the error says that nobody knows
-// whether it happened; a client that repeats its order then finds it, or makes
-// it.
+// If the connection is lost during the commit, the server is asked whether it
+// happened, for as long as uncertainFor. If nobody can tell even then, the error
+// is database.ErrUncertain; a client that repeats its order finds it, or makes it.
 func (s *postgresStore) write(ctx context.Context, changes []*change) error {
-	return s.db.Write(ctx, func(ctx context.Context, conn *pgx.Conn) error {
-		w := newPostgresWrite(conn, changes)
+	for {
+		w, err := s.try(ctx, changes)
+		if errors.Is(err, database.ErrUncertain) {
+			committed, unknown := s.fate(ctx, w.xid)
+			switch {
+			case unknown != nil:
+				return fmt.Errorf("%w; and then: %w", err, unknown)
+			case !committed:
+				continue
+			}
+			err = nil
+		}
+		if err != nil {
+			return err
+		}
+		s.counted.add(w.xid, w.delta)
+		s.news.tell(w.touched())
+		return nil
+	}
+}
+
+// try is write, but leaves a commit uncertain. It returns the last transaction.
+func (s *postgresStore) try(ctx context.Context, changes []*change) (w *postgresWrite, err error) {
+	err = s.db.Write(ctx, func(ctx context.Context, conn *pgx.Conn) error {
+		w = newPostgresWrite(conn, changes)
 		if err := w.begin(ctx); err != nil {
 			return err
 		}
@@ -71,19 +101,51 @@ func (s *postgresStore) write(ctx context.Context, changes []*change) error {
 			return fmt.Errorf("look for the holder of a number: %w", err)
 		}
 		w.update()
-		txid, err := w.commit(ctx)
-		if err != nil {
-			return err
-		}
-		s.counted.add(txid, w.delta)
-		s.news.tell(w.touched())
-		return nil
+		return w.commit(ctx)
 	})
+	return w, err
+}
+
+const (
+	// uncertainFor is how long the server is asked what became of a commit: a
+	// restart of it takes that long, and clients wait meanwhile.
+	uncertainFor   = 5 * time.Second
+	uncertainPause = 50 * time.Millisecond
+
+	// A transaction that the server lost in a crash counts as aborted. NULL is
+	// one that it has forgotten, and that of a server which took over and never
+	// heard of it is an error.
+	postgresFate = `SELECT COALESCE(pg_xact_status($1::text::xid8), 'forgotten')`
+)
+
+// fate asks what became of a transaction whose commit got no answer, until the
+// server tells: the commit may still be under way.
+func (s *postgresStore) fate(ctx context.Context, xid uint64) (committed bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, uncertainFor)
+	defer cancel()
+	for {
+		var status string
+		err := s.db.Read(ctx, func(ctx context.Context, conn *pgx.Conn) error {
+			return conn.QueryRow(ctx, postgresFate, strconv.FormatUint(xid, 10)).Scan(&status)
+		})
+		switch {
+		case err == nil && status == "committed":
+			return true, nil
+		case err == nil && status == "aborted":
+			return false, nil
+		case ctx.Err() != nil && err != nil:
+			return false, fmt.Errorf("ask what became of transaction %d: %w", xid, err)
+		case ctx.Err() != nil:
+			return false, fmt.Errorf("transaction %d is %s", xid, status)
+		}
+		wait(ctx, uncertainPause, nil)
+	}
 }
 
 // postgresWrite is one try at a transaction.
 type postgresWrite struct {
 	conn    *pgx.Conn
+	xid     uint64
 	missing []*change // insertions that have not happened, sorted by owner and number
 	marks   markColumns
 	updates []*change
@@ -121,6 +183,7 @@ func newPostgresWrite(conn *pgx.Conn, changes []*change) *postgresWrite {
 func (w *postgresWrite) begin(ctx context.Context) error {
 	b := &pgx.Batch{}
 	b.Queue("BEGIN")
+	b.Queue(postgresXID).QueryRow(func(row pgx.Row) error { return row.Scan(&w.xid) })
 	if len(w.missing) > 0 {
 		w.queueInsert(b)
 	}
@@ -293,15 +356,14 @@ func (w *postgresWrite) update() {
 	}
 }
 
-// commit writes what was updated, counts and commits, in one round trip. It
-// returns the transaction's id, 0 if there was nothing to count.
-func (w *postgresWrite) commit(ctx context.Context) (txid uint64, err error) {
+// commit writes what was updated, counts and commits, in one round trip.
+func (w *postgresWrite) commit(ctx context.Context) error {
 	b, answered := &pgx.Batch{}, 0
 	done := func(pgconn.CommandTag) error { answered++; return nil }
 	if len(w.dirty) > 0 {
 		columns, err := w.updateColumns()
 		if err != nil {
-			return 0, err
+			return err
 		}
 		b.Queue(postgresUpdate, columns...).Exec(done)
 	}
@@ -311,18 +373,12 @@ func (w *postgresWrite) commit(ctx context.Context) (txid uint64, err error) {
 	maps.DeleteFunc(w.delta, func(_ contract.Status, n int64) bool { return n == 0 })
 	if len(w.delta) > 0 {
 		statement, args := countBy(w.delta)
-		b.Queue(statement, args...).QueryRow(func(row pgx.Row) error {
-			err := row.Scan(&txid)
-			if err == nil {
-				answered++
-			}
-			return err
-		})
+		b.Queue(statement, args...).Exec(done)
 	}
 	before := b.Len()
 	b.Queue("COMMIT")
-	err = w.conn.SendBatch(ctx, b).Close()
-	return txid, w.doubt(err, answered == before)
+	err := w.conn.SendBatch(ctx, b).Close()
+	return w.doubt(err, answered == before)
 }
 
 // touched returns the orders that were there before and have been changed.

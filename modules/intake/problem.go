@@ -2,10 +2,12 @@ package intake
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 
 	"sluice/modules/contract"
+	"sluice/platform/database"
 	"sluice/platform/httpserver"
 )
 
@@ -82,13 +84,20 @@ func problemBacklogFull(limit int) httpserver.Problem {
 		Detail: fmt.Sprintf("%d or more orders are waiting (intake.max_backlog); this one was not accepted, send it again later", limit)}
 }
 
-func problemStorage(reading bool) httpserver.Problem {
+// problemStorage answers a request that should have changed something.
+func problemStorage(err error) httpserver.Problem {
 	p := httpserver.Problem{Type: "storage-unavailable", Title: "Orders cannot be stored at the moment", Status: http.StatusServiceUnavailable,
 		Detail: "nothing was accepted; send the request again later"}
-	if reading {
-		p.Title, p.Detail = "Orders cannot be read at the moment", "send the request again later"
+	if errors.Is(err, database.ErrUncertain) {
+		p.Detail = "the storage was lost during the commit, and whether the order was accepted is not known; " +
+			"sent again later with the same order number or Idempotency-Key it will be there once"
 	}
 	return p
+}
+
+func problemUnread() httpserver.Problem {
+	return httpserver.Problem{Type: "storage-unavailable", Title: "Orders cannot be read at the moment", Status: http.StatusServiceUnavailable,
+		Detail: "send the request again later"}
 }
 
 // problemSyncUnknown answers POST /orders/sync when the backend was called and

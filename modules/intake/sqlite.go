@@ -453,6 +453,16 @@ func (w *sqliteWrite) write(ctx context.Context, update *sql.Stmt, o *order) (bo
 	return true, err
 }
 
+func (s *sqliteStore) holds(ctx context.Context, o *order) (held bool, err error) {
+	err = s.db.Read.QueryRowContext(ctx, `SELECT EXISTS (SELECT 1 FROM orders WHERE idempotency_key=?1 AND owner=?3)
+		OR EXISTS (SELECT 1 FROM orders WHERE number=?2 AND owner=?3 AND released=x'')`,
+		nullable(o.IdempotencyKey), nullable(o.Number), o.Owner).Scan(&held)
+	if err != nil {
+		return false, fmt.Errorf("look for the holder of a number: %w", err)
+	}
+	return held, nil
+}
+
 func (s *sqliteStore) get(ctx context.Context, id uuid.UUID) (*order, error) {
 	o, err := scanOrder(s.readOne.QueryRowContext(ctx, id[:]))
 	if errors.Is(err, sql.ErrNoRows) {

@@ -24,6 +24,9 @@ type store interface {
 	// flushers is how many calls of write at the same time suit the store.
 	flushers() int
 
+	// holds reports whether o would not be inserted, since another order has its
+	// number or its idempotency key.
+	holds(ctx context.Context, o *order) (bool, error)
 	// get returns the order without its body, or errNotFound.
 	get(ctx context.Context, id uuid.UUID) (*order, error)
 	// list returns at most q.limit orders without bodies, newest first.

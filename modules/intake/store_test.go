@@ -119,6 +119,28 @@ func TestStore(t *testing.T) {
 }
 
 var storeSuite = map[string]func(*testing.T, store){
+	"knows which orders would repeat another": func(t *testing.T, s store) {
+		keyed, foreign, rejected, plain := testOrder("A-1"), testOrder("A-2"), testOrder("A-3"), testOrder("")
+		keyed.IdempotencyKey, foreign.Owner = "key-1", "someone"
+		insertOrders(t, s, keyed, foreign, rejected, plain)
+		update(t, s, rejected.ID, func(o *order) verdict {
+			o.NumberReleased = true
+			return finishAs(contract.StatusRejected)(o)
+		})
+		for _, c := range []struct {
+			owner, number, key string
+			held               bool
+		}{
+			{"", "A-1", "", true}, {"", "", "key-1", true}, {"", "A-9", "key-1", true}, {"someone", "A-2", "", true},
+			{"", "A-2", "", false}, {"someone", "A-1", "key-1", false}, {"", "A-3", "", false}, {"", "", "", false}, {"", "A-9", "key-9", false},
+		} {
+			o := testOrder(c.number)
+			o.Owner, o.IdempotencyKey = c.owner, c.key
+			held, err := s.holds(t.Context(), o)
+			require.NoError(t, err)
+			require.Equal(t, c.held, held, "%+v", c)
+		}
+	},
 	"makes due again what was published before a time and is silent": func(t *testing.T, s store) {
 		silent, answered, later, dead, fresh := testOrder("A-1"), testOrder("A-2"), testOrder("A-3"), testOrder("A-4"), testOrder("A-5")
 		early := fresh.AcceptedAt.Add(time.Minute)

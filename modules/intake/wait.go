@@ -67,7 +67,7 @@ func (m *Module) unread(w http.ResponseWriter, r *http.Request, err error) {
 	case errors.Is(err, errNotFound):
 		httpserver.WriteProblem(w, r, problemNotFound())
 	case r.Context().Err() != nil: // which is why, and nothing to log
-		m.refuse(w, r, problemStorage(true))
+		m.refuse(w, r, problemUnread())
 	default:
 		m.failed(w, r, "read an order", err)
 	}
