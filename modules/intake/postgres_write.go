@@ -107,9 +107,10 @@ func (s *postgresStore) try(ctx context.Context, changes []*change) (w *postgres
 }
 
 const (
-	// uncertainFor is how long the server is asked what became of a commit: a
-	// restart of it takes that long, and clients wait meanwhile.
-	uncertainFor   = 5 * time.Second
+	// uncertainFor is how long the server is asked what became of a commit. A
+	// quick restart takes no longer, and whoever comes next waits for it as well
+	// before they are told that there is no storage.
+	uncertainFor   = 2 * time.Second
 	uncertainPause = 50 * time.Millisecond
 
 	// A transaction that the server lost in a crash counts as aborted. NULL is
