@@ -77,6 +77,11 @@ func (s *memoryStore) insert(c *change) {
 		if found := *s.at(holder); found.adopt(&o) == save {
 			s.put(&found)
 		}
+		if found := *s.at(holder); found.takesKey(&o) {
+			found.IdempotencyKey = o.IdempotencyKey
+			s.orders.Set(string(holder[:]), &found)
+			s.key[ownedKey{o.Owner, o.IdempotencyKey}] = holder
+		}
 		c.found = withoutBody(s.at(holder))
 		return
 	}

@@ -103,6 +103,13 @@ func (o *order) adopt(repeat *order) verdict {
 	return save
 }
 
+// takesKey reports whether a repetition of the order brings it an idempotency key
+// and it has none: from then on that is its key, and whoever uses it for another
+// order learns so.
+func (o *order) takesKey(repeat *order) bool {
+	return o.IdempotencyKey == "" && repeat.IdempotencyKey != "" && o.Hash == repeat.Hash
+}
+
 // apply is the state machine: it changes the order as an attempt's outcome
 // says. An outcome that was seen before, or that is older than what is known,
 // changes nothing, except that news of a save counts until the backend has

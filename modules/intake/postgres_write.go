@@ -57,6 +57,8 @@ const (
 
 	postgresDelete = `DELETE FROM orders WHERE id = ANY($1::uuid[])`
 
+	postgresBind = `UPDATE orders SET idempotency_key = $2 WHERE id = $1 AND idempotency_key IS NULL`
+
 	// Known before the commit, whose answer can get lost.
 	postgresXID = `SELECT pg_current_xact_id()::text::bigint`
 )
@@ -258,6 +260,9 @@ func (w *postgresWrite) resolve(ctx context.Context) error {
 		if err := w.adopt(ctx); err != nil {
 			return err
 		}
+		if err := w.bind(ctx); err != nil {
+			return err
+		}
 		w.missing = slices.DeleteFunc(w.missing, func(c *change) bool { return c.found != nil })
 		if len(w.missing) > 0 {
 			b := &pgx.Batch{}
@@ -333,6 +338,31 @@ func (w *postgresWrite) adopt(ctx context.Context) error {
 		c.found = &found
 	}
 	return nil
+}
+
+// bind gives keys to the holders that take them. Of two orders that are to get
+// the same key, the second then finds the first. Where another transaction was
+// quicker, the key is not unique, and this one is tried again from the start.
+func (w *postgresWrite) bind(ctx context.Context) error {
+	b, taken := &pgx.Batch{}, map[ownedKey]uuid.UUID{}
+	for _, c := range w.missing {
+		if c.found == nil || !c.found.takesKey(c.insert) {
+			continue
+		}
+		key := ownedKey{c.insert.Owner, c.insert.IdempotencyKey}
+		holder, ok := taken[key]
+		if ok && holder != c.found.ID {
+			c.found = nil
+			continue
+		}
+		taken[key] = c.found.ID
+		c.found.IdempotencyKey = c.insert.IdempotencyKey
+		b.Queue(postgresBind, [16]byte(c.found.ID), c.insert.IdempotencyKey)
+	}
+	if b.Len() == 0 {
+		return nil
+	}
+	return w.conn.SendBatch(ctx, b).Close()
 }
 
 // holds reports whether the order has the number or the key that other wants.

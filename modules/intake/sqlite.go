@@ -353,6 +353,12 @@ func (w *sqliteWrite) resolve(ctx context.Context, changes []*change) error {
 				return err
 			}
 		}
+		if c.found.takesKey(o) {
+			c.found.IdempotencyKey = o.IdempotencyKey
+			if _, err := w.tx.ExecContext(ctx, `UPDATE orders SET idempotency_key=? WHERE id=?`, o.IdempotencyKey, c.found.ID[:]); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }

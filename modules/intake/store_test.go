@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"sluice/modules/contract"
@@ -239,6 +240,51 @@ var storeSuite = map[string]func(*testing.T, store){
 			if i%2 == 1 {
 				require.Equal(t, changes[i-1].insert.ID, c.found.ID)
 			}
+		}
+	},
+	"gives an order the key of its repetition, if it has none": func(t *testing.T, s store) {
+		repeat := func(o *order, key string) *change {
+			again := testOrder(o.Number)
+			again.Hash, again.IdempotencyKey = o.Hash, key
+			return &change{insert: again}
+		}
+		plain, keyed, marked, other := testOrder("A-1"), testOrder("A-2"), testOrder("A-3"), testOrder("A-4")
+		keyed.IdempotencyKey = "own"
+		insertOrders(t, s, plain, keyed, marked, other)
+		writeAll(t, s, &change{marks: []mark{{id: plain.ID}}, publishedAt: plain.AcceptedAt})
+		differs, same := &change{insert: testOrder("A-1")}, repeat(plain, "k")
+		differs.insert.IdempotencyKey = "differs"
+		writeAll(t, s, differs, repeat(plain, ""), same, repeat(keyed, "second"), repeat(other, "k"))
+		require.Equal(t, "k", same.found.IdempotencyKey)
+		for o, key := range map[*order]string{plain: "k", keyed: "own", other: ""} {
+			got, err := s.get(t.Context(), o.ID)
+			require.NoError(t, err)
+			require.Equal(t, key, got.IdempotencyKey, o.Number)
+		}
+		oldest, err := s.oldestPublished(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, plain.AcceptedAt, oldest, "nothing else has changed")
+
+		reused := &change{insert: testOrder("A-5")}
+		reused.insert.IdempotencyKey = "k"
+		writeAll(t, s, reused)
+		require.False(t, reused.changed)
+		require.Equal(t, plain.ID, reused.found.ID)
+	},
+	"gives one key to one of the orders whose repetitions bring it at once": func(t *testing.T, s store) {
+		for i := range 50 {
+			orders := []*order{testOrder(fmt.Sprintf("A-%d", i)), testOrder(fmt.Sprintf("B-%d", i))}
+			insertOrders(t, s, orders...)
+			var writers sync.WaitGroup
+			repeats := make([]*change, len(orders))
+			for n, o := range orders {
+				again := testOrder(o.Number)
+				again.Hash, again.IdempotencyKey = o.Hash, fmt.Sprintf("k-%d", i)
+				repeats[n] = &change{insert: again}
+				writers.Go(func() { assert.NoError(t, s.write(t.Context(), []*change{repeats[n]})) })
+			}
+			writers.Wait()
+			require.Equal(t, repeats[0].found.ID, repeats[1].found.ID)
 		}
 	},
 	"keeps numbers and keys of different owners apart": func(t *testing.T, s store) {

@@ -216,6 +216,7 @@ func absent(err error) bool {
 const (
 	serializationFailure = "40001"
 	deadlockDetected     = "40P01"
+	uniqueViolation      = "23505"
 	adminShutdown        = "57P01"
 	crashShutdown        = "57P02"
 	cannotConnectNow     = "57P03"
@@ -280,8 +281,9 @@ func (db *Postgres) Read(ctx context.Context, do func(context.Context, *pgx.Conn
 // Write calls do with a connection for writing. It waits for a free connection,
 // and for do, until ctx ends, but no longer than 10 seconds (Read: 5).
 //
-// Where do failed because of a deadlock or because its connection was lost, it
-// is called again, at most ten times in all. It must therefore not matter if
+// Where do failed because of a deadlock, because another transaction had just
+// taken what is unique, or because its connection was lost, it is called again,
+// at most ten times in all. It must therefore not matter if
 // it ran once more, even to its end; where that does matter, do has ErrUncertain
 // in its error. An unfinished transaction is rolled back. When the server cannot
 // be reached, the error comes at once.
@@ -339,7 +341,7 @@ func passing(err error) bool {
 		return false
 	}
 	switch refusal.Code {
-	case serializationFailure, deadlockDetected, adminShutdown, crashShutdown:
+	case serializationFailure, deadlockDetected, uniqueViolation, adminShutdown, crashShutdown:
 		return true
 	default:
 		return false
