@@ -84,12 +84,13 @@ func (b *Backend) Stats() Stats {
 	return b.stats
 }
 
-// Numbers returns how many different order numbers were saved. A client that tries an order again in vain, and again, can
-// have it saved several times under several ids, which Stats takes for several orders: the number is what it has in common.
-func (b *Backend) Numbers() int {
+// Counts returns the Stats and, at the same moment, how many different order numbers were saved. A client that tries an
+// order again in vain, and again, can have it saved several times under several ids, which Stats takes for several orders:
+// the number is what it has in common.
+func (b *Backend) Counts() (stats Stats, numbers int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return len(b.ledger.numbers)
+	return b.stats, len(b.ledger.numbers)
 }
 
 // Config returns the knobs as they are now.

@@ -2,6 +2,7 @@ package backend_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"math"
@@ -211,8 +212,39 @@ func TestNumbersAreCountedOnceHoweverManyIDs(t *testing.T) {
 	post(b, "first", "A-1")
 	post(b, "second", "A-1")
 	post(b, "third", "A-2")
-	require.Equal(t, 2, b.Numbers())
-	require.Equal(t, int64(3), b.Stats().Orders)
+	stats, numbers := b.Counts()
+	require.Equal(t, 2, numbers)
+	require.Equal(t, int64(3), stats.Orders)
+}
+
+func TestTheCountsThatAreToldFitEachOther(t *testing.T) {
+	b := newBackend(t, instant())
+	var clients sync.WaitGroup
+	done := make(chan struct{})
+	for client := range 4 {
+		clients.Go(func() {
+			for i := range 2000 {
+				id := fmt.Sprintf("%d-%d", client, i)
+				post(b, id, id)
+			}
+		})
+	}
+	go func() {
+		clients.Wait()
+		close(done)
+	}()
+	for over := false; !over; {
+		select {
+		case <-done:
+			over = true // and one last look
+		default:
+		}
+		answer := httptest.NewRecorder()
+		b.ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/stats", nil))
+		var told struct{ Orders, Numbers int }
+		require.NoError(t, json.Unmarshal(answer.Body.Bytes(), &told))
+		require.Equal(t, told.Orders, told.Numbers, "each order has a number of its own")
+	}
 }
 
 func TestFullQueue(t *testing.T) {

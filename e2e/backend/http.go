@@ -24,10 +24,11 @@ func (b *Backend) routes() *http.ServeMux {
 	mux.HandleFunc("POST /orders", b.postOrder)
 	mux.HandleFunc("GET /orders/{orderNumber}", b.getOrder)
 	mux.HandleFunc("GET /stats", func(w http.ResponseWriter, _ *http.Request) {
+		stats, numbers := b.Counts()
 		writeJSON(w, http.StatusOK, struct {
 			Stats
 			Numbers int `json:"numbers"`
-		}{b.Stats(), b.Numbers()})
+		}{stats, numbers})
 	})
 	mux.HandleFunc("GET /control", func(w http.ResponseWriter, _ *http.Request) {
 		cfg := b.Config()
