@@ -25,7 +25,8 @@ func experimentCommand() *cobra.Command {
 			"  stall     a backend that stalls once for three seconds, with clients that try again\n" +
 			"  memory    large orders, a slow backend, and a gateway with little memory\n\n" +
 			"Without a part it runs all four. Results are CSV files, tables as Markdown (results.md), plots as PNG in two themes, and\n" +
-			"report.html, one page with all of it. The exit code is 1 if an expected shape is not there, or if the machine is too busy.\n\n" +
+			"report.html, one page with all of it. A run of some parts names these two after them, such as report-overload.html, and\n" +
+			"leaves a report of all parts as it is; CSV files and plots of the same part are replaced. The exit code is 1 if an expected shape is not there, or if the machine is too busy.\n\n" +
 			"amqp and sql want a broker: SLUICE_PUBSUB_AMQP_URL (default that of the gateway), SLUICE_PUBSUB_SQL_DSN. What the\n" +
 			"experiment makes there has names of its own, and is removed.",
 	}

@@ -25,5 +25,6 @@ func TestExperimentIsExplained(t *testing.T) {
 	require.Equal(t, exitOK, run(t.Context(), []string{"experiment", "--help"}, &stdout, &stderr))
 	require.Contains(t, stdout.String(), "sluice experiment [overload|original|stall|memory]...")
 	require.Contains(t, stdout.String(), "--quick")
+	require.Contains(t, stdout.String(), "report-overload.html")
 	require.NotContains(t, stdout.String(), "time-scale")
 }

@@ -34,7 +34,7 @@ func TestTheExperimentMeasuresAndWritesWhatItPromises(t *testing.T) {
 	for _, entry := range entries {
 		names = append(names, entry.Name())
 	}
-	for _, name := range []string{"original.csv", "stall.csv", "results.md", "report.html", "stall-goodput-light.png", "stall-goodput-dark.png",
+	for _, name := range []string{"original.csv", "stall.csv", "results-original-stall.md", "report-original-stall.html", "stall-goodput-light.png", "stall-goodput-dark.png",
 		"original-throughput-light.png", "original-ideal-dark.png"} {
 		require.Contains(t, names, name)
 	}

@@ -220,6 +220,7 @@ func TestNumbersAreCountedOnceHoweverManyIDs(t *testing.T) {
 func TestTheCountsThatAreToldFitEachOther(t *testing.T) {
 	b := newBackend(t, instant())
 	var clients sync.WaitGroup
+	defer clients.Wait()
 	done := make(chan struct{})
 	for client := range 4 {
 		clients.Go(func() {

@@ -292,7 +292,7 @@ func (r *result) conclude(stdout io.Writer) error {
 	for _, remark := range r.remarks() {
 		text.WriteString("\n" + remark + "\n")
 	}
-	text.WriteString("\nThe report is " + filepath.Join(r.Out, reportFile) + "; tables, CSV files and plots are beside it.\n")
+	text.WriteString("\nThe report is " + filepath.Join(r.Out, r.reportFile()) + "; tables, CSV files and plots are beside it.\n")
 	if _, err := io.WriteString(stdout, text.String()); err != nil {
 		return fmt.Errorf("print the verdicts: %w", err)
 	}

@@ -451,7 +451,7 @@ func TestTheFilesOfAResult(t *testing.T) {
 	result := fixed()
 	require.NoError(t, result.write(dir))
 
-	for _, name := range []string{"overload.csv", "overload_series.csv", "results.md"} {
+	for _, name := range []string{"overload.csv", "overload_series.csv", "results-overload.md"} {
 		got, err := os.ReadFile(filepath.Join(dir, name))
 		require.NoError(t, err)
 		golden := filepath.Join("testdata", name)
@@ -475,11 +475,39 @@ func TestTheFilesOfAResult(t *testing.T) {
 	}
 }
 
+func TestAReportOfAllPartsIsNotReplacedByOneOfSome(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"report.html", "results.md"} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte("of all parts"), 0o600))
+	}
+	result := fixed()
+	result.Parts = append(result.Parts, partResult{part: stall()})
+	require.NoError(t, result.write(dir))
+	for name, want := range map[string]string{"report.html": "of all parts", "results.md": "of all parts",
+		"report-overload-stall.html": "<!DOCTYPE html>", "results-overload-stall.md": "`report-overload-stall.html`"} {
+		got, err := os.ReadFile(filepath.Join(dir, name))
+		require.NoError(t, err)
+		require.Contains(t, string(got), want, name)
+	}
+	var stdout bytes.Buffer
+	require.NoError(t, result.conclude(&stdout))
+	require.Contains(t, stdout.String(), "report-overload-stall.html")
+
+	result.Parts = nil
+	for _, part := range parts() {
+		result.Parts = append(result.Parts, partResult{part: part})
+	}
+	require.NoError(t, result.write(dir))
+	got, err := os.ReadFile(filepath.Join(dir, "report.html"))
+	require.NoError(t, err)
+	require.Contains(t, string(got), "<!DOCTYPE html>", "a report of all parts replaces one of all parts")
+}
+
 func TestTheReportHasEveryPlotAndAsksForNothingFromOutside(t *testing.T) {
 	dir := t.TempDir()
 	result := fixed()
 	require.NoError(t, result.write(dir))
-	page, err := os.ReadFile(filepath.Join(dir, reportFile))
+	page, err := os.ReadFile(filepath.Join(dir, "report-overload.html"))
 	require.NoError(t, err)
 	text := string(page)
 	require.Equal(t, 6, strings.Count(text, "data:image/png;base64,"))

@@ -15,11 +15,21 @@ import (
 	"time"
 )
 
-// The files that hold all of it; the others are named after parts and charts.
-const (
-	reportFile  = "report.html"
-	resultsFile = "results.md"
-)
+// reportFile and resultsFile are the files that hold all of it; the others are named after parts and charts. Where not all
+// parts were measured they are named after those that were, and leave a report that has more as it is.
+func (r *result) reportFile() string  { return "report" + r.some() + ".html" }
+func (r *result) resultsFile() string { return "results" + r.some() + ".md" }
+
+func (r *result) some() string {
+	if len(r.Parts) == len(parts()) {
+		return ""
+	}
+	names := ""
+	for _, p := range r.Parts {
+		names += "-" + p.name
+	}
+	return names
+}
 
 // table is a table of the report.
 type table struct {
@@ -48,12 +58,12 @@ func (r *result) write(dir string) error {
 			}
 		}
 	}
-	files[resultsFile] = r.markdown()
+	files[r.resultsFile()] = r.markdown()
 	page, err := r.html(files)
 	if err != nil {
 		return err
 	}
-	files[reportFile] = page
+	files[r.reportFile()] = page
 	for name, content := range files {
 		if err := os.WriteFile(filepath.Join(dir, name), content, 0o644); err != nil {
 			return fmt.Errorf("write the results: %w", err)
@@ -156,7 +166,7 @@ func percent(share float64) string {
 // markdown is the same as the page, for a repository.
 func (r *result) markdown() []byte {
 	var text strings.Builder
-	text.WriteString("# The experiment: results\n\nWritten by `sluice experiment`; what each part is about is in the report, `" + reportFile + "`.\n\n| | |\n|---|---|\n")
+	text.WriteString("# The experiment: results\n\nWritten by `sluice experiment`; what each part is about is in the report, `" + r.reportFile() + "`.\n\n| | |\n|---|---|\n")
 	for _, fact := range r.facts() {
 		fmt.Fprintf(&text, "| %s | %s |\n", fact[0], cell(fact[1]))
 	}
