@@ -50,9 +50,10 @@ func (b *bench) measureSoundly(ctx context.Context, p point, run int) (measured,
 	b.again--
 	again, err := b.measure(ctx, p, run)
 	if err != nil || again.row.note == "" || again.row.late < m.row.late {
-		return again, err
+		m = again
 	}
-	return m, nil
+	m.row.tries = 2
+	return m, err
 }
 
 // trial is one point being measured.
@@ -462,7 +463,7 @@ func (t *trial) row(result load.Result, run int) row {
 		p50: nan, p99: nan, p999: nan, max: nan, answerP99: nan,
 		attempts: share(result.Attempts, result.Orders.Offered), failed: share(result.Orders.Failed, result.Orders.Offered),
 		timedOut: share(result.Orders.TimedOut, result.Orders.Offered), late: result.Late.WorstMS,
-		loadCores: result.CPUSeconds / (result.WarmupSeconds + result.MeasuredSeconds + result.DrainSeconds),
+		loadCores: result.CPUSeconds / (result.WarmupSeconds + result.MeasuredSeconds + result.DrainSeconds), tries: 1,
 	}
 	if l := result.LatencyMS; l != nil {
 		r.p50, r.p99, r.p999, r.max = l.P50, l.P99, l.P999, l.Max

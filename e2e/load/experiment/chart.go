@@ -35,8 +35,12 @@ type line struct {
 	points []xy
 }
 
-// xy is a point of a line; low and high are the range of several runs, both 0 if there was one.
-type xy struct{ x, y, low, high float64 }
+// xy is a point of a line; low and high are the range of several runs, both 0 if there was one. noted is one with a note,
+// which is drawn hollow.
+type xy struct {
+	x, y, low, high float64
+	noted           bool
+}
 
 // band is a time that is marked.
 type band struct {
@@ -189,6 +193,12 @@ func (c chart) legend(t theme) []entry {
 			}
 		}})
 	}
+	if slices.ContainsFunc(c.lines, line.doubtful) {
+		glyph := draw.GlyphStyle{Color: t.ink, Radius: glyphRadius, Shape: hollow{t.paper}}
+		entries = append(entries, entry{"hollow: see the note (†) in the report", func(canvas draw.Canvas, left, middle vg.Length) {
+			canvas.DrawGlyph(glyph, vg.Point{X: left + 11, Y: middle})
+		}})
+	}
 	for _, b := range c.bands {
 		entries = append(entries, entry{b.label, func(canvas draw.Canvas, left, middle vg.Length) {
 			canvas.FillPolygon(t.band, []vg.Point{{X: left, Y: middle - 4}, {X: left + 22, Y: middle - 4}, {X: left + 22, Y: middle + 4}, {X: left, Y: middle + 4}})
@@ -200,12 +210,29 @@ func (c chart) legend(t theme) []entry {
 // marked tells whether the points of the line are measured points, and few enough to be shown.
 func (l line) marked() bool { return l.colour != colourIdeal && len(l.points) <= 10 }
 
+func (l line) doubtful() bool {
+	return l.marked() && slices.ContainsFunc(l.points, func(p xy) bool { return p.noted })
+}
+
+const glyphRadius = vg.Length(2.6)
+
+// hollow is the shape of a point with a note: a ring with the paper in it.
+type hollow struct{ paper color.Color }
+
+// DrawGlyph implements draw.GlyphDrawer.
+func (h hollow) DrawGlyph(canvas *draw.Canvas, style draw.GlyphStyle, at vg.Point) {
+	style.Radius, style.Shape = glyphRadius+0.6, draw.CircleGlyph{}
+	canvas.DrawGlyph(style, at)
+	style.Radius, style.Color = glyphRadius-0.8, h.paper
+	canvas.DrawGlyph(style, at)
+}
+
 func (l line) styles(t theme) (draw.LineStyle, draw.GlyphStyle) {
 	style := draw.LineStyle{Color: t.colours[l.colour], Width: vg.Points(1.8)}
 	if l.dashed {
 		style.Dashes, style.Width = []vg.Length{5, 3}, vg.Points(1.3)
 	}
-	return style, draw.GlyphStyle{Color: t.colours[l.colour], Radius: vg.Points(2.6), Shape: draw.CircleGlyph{}}
+	return style, draw.GlyphStyle{Color: t.colours[l.colour], Radius: glyphRadius, Shape: draw.CircleGlyph{}}
 }
 
 // draw adds the line to the plot. Where there is no number there is a gap.
@@ -216,7 +243,14 @@ func (l line) draw(p *plot.Plot, t theme, logY bool) error {
 		if err != nil {
 			return err
 		}
-		curve.LineStyle, points.GlyphStyle = style, glyph
+		curve.LineStyle = style
+		points.GlyphStyleFunc = func(i int) draw.GlyphStyle {
+			glyph := glyph
+			if run[i].noted {
+				glyph.Shape = hollow{t.paper}
+			}
+			return glyph
+		}
 		p.Add(curve)
 		if l.marked() {
 			p.Add(points)
@@ -226,8 +260,8 @@ func (l line) draw(p *plot.Plot, t theme, logY bool) error {
 }
 
 // pieces are the parts of the line that have numbers; on a logarithmic axis zero is none.
-func (l line) pieces(logY bool) []plotter.XYs {
-	var pieces []plotter.XYs
+func (l line) pieces(logY bool) []several {
+	var pieces []several
 	whole := false
 	for _, point := range l.points {
 		if math.IsNaN(point.y) || logY && point.y <= 0 {
@@ -239,20 +273,20 @@ func (l line) pieces(logY bool) []plotter.XYs {
 		}
 		whole = true
 		last := len(pieces) - 1
-		pieces[last] = append(pieces[last], plotter.XY{X: point.x, Y: point.y})
+		pieces[last] = append(pieces[last], point)
 	}
 	return pieces
 }
 
-// ranges are the points of several runs, with how far they were apart.
-type ranges []xy
+// several are points as the library wants them, with how far the runs of each were apart.
+type several []xy
 
-func (r ranges) Len() int                         { return len(r) }
-func (r ranges) XY(i int) (x, y float64)          { return r[i].x, r[i].y }
-func (r ranges) YError(i int) (low, high float64) { return r[i].low - r[i].y, r[i].high - r[i].y }
+func (s several) Len() int                         { return len(s) }
+func (s several) XY(i int) (x, y float64)          { return s[i].x, s[i].y }
+func (s several) YError(i int) (low, high float64) { return s[i].low - s[i].y, s[i].high - s[i].y }
 
 func (l line) drawRanges(p *plot.Plot, style draw.LineStyle) error {
-	var some ranges
+	var some several
 	for _, point := range l.points {
 		if point.high > point.low && !math.IsNaN(point.y) {
 			some = append(some, point)
@@ -378,7 +412,7 @@ func (r partResult) curve(mode, variant string, x, y func(*row) *float64) []xy {
 		if math.IsNaN(middle) {
 			continue
 		}
-		points = append(points, xy{x: at, y: middle, low: low, high: high})
+		points = append(points, xy{x: at, y: middle, low: low, high: high, noted: m.note != ""})
 	}
 	slices.SortFunc(points, func(a, b xy) int { return cmp.Compare(a.x, b.x) })
 	return points

@@ -218,6 +218,15 @@ type verdict struct {
 	Expected string
 	Measured string
 	OK       bool
+	Doubts   []string // the points with a note that it rests on
+}
+
+// Told is what was measured, with a mark if it rests on points that have a note.
+func (v verdict) Told() string {
+	if len(v.Doubts) == 0 {
+		return v.Measured
+	}
+	return v.Measured + noted + " (rests on " + strings.Join(v.Doubts, ", ") + ")"
 }
 
 // result is everything that was measured.
@@ -286,7 +295,7 @@ func (r *result) conclude(stdout io.Writer) error {
 				mark = "NOT"
 				bad++
 			}
-			text.WriteString("  " + mark + " " + v.Name + ": " + v.Measured + " (expected: " + v.Expected + ")\n")
+			text.WriteString("  " + mark + " " + v.Name + ": " + v.Told() + " (expected: " + v.Expected + ")\n")
 		}
 	}
 	for _, remark := range r.remarks() {
@@ -315,16 +324,23 @@ func (r *result) remarks() []string {
 		remarks = append(remarks, fmt.Sprintf("The machine is slow: overload and stall have a backend of %d workers instead of %d, and less load in proportion.",
 			r.Machine.Workers, fullWorkers))
 	}
-	unsound := 0
+	all, noted, twice := 0, 0, 0
 	for _, p := range r.Parts {
 		for _, row := range p.rows {
-			if row.note != "" {
-				unsound++
+			if all++; row.note != "" {
+				noted++
+			}
+			if row.tries > 1 {
+				twice++
 			}
 		}
 	}
-	if unsound > 0 {
-		remarks = append(remarks, fmt.Sprintf("In %d points the load generator could not keep to its plan; their rows say so in the column note.", unsound))
+	if noted > 0 {
+		remarks = append(remarks, fmt.Sprintf("Measurements with a note, which says why not to trust them in full: %d of %d. They are marked with † in tables and checks, hollow in the plots over "+
+			"the load, and have their note below the tables and in the CSV files.", noted, all))
+	}
+	if twice > 0 {
+		remarks = append(remarks, fmt.Sprintf("Measured a second time, since they had a note the first time: %d of %d. The better one counts (column tries).", twice, all))
 	}
 	return remarks
 }

@@ -407,11 +407,64 @@ func TestRunsOfAPointBecomeTheirMedian(t *testing.T) {
 	middle := medians(rows)
 	require.Len(t, middle, 1)
 	require.InDelta(t, 200, middle[0].goodput, 0)
-	require.Equal(t, "disturbed", middle[0].note)
+	require.Equal(t, "run 2: disturbed", middle[0].note)
 	require.True(t, math.IsNaN(middle[0].saved))
 	result := partResult{rows: rows, medians: middle}
-	require.Equal(t, []xy{{x: 500, y: 200, low: 100, high: 300}},
+	require.Equal(t, []xy{{x: 500, y: 200, low: 100, high: 300, noted: true}},
 		result.curve(modeSync, "", func(r *row) *float64 { return &r.load }, func(r *row) *float64 { return &r.goodput }))
+}
+
+// disturbed is part overload with a note on the limited point at twice the capacity, which was measured twice.
+func disturbed() result {
+	result := fixed()
+	p := &result.Parts[0]
+	p.rows = recorded(func(mode string, load float64, r *row) {
+		r.tries = 1
+		if mode == modeSyncLimit && load == 800 {
+			r.note, r.tries = "3.5 % of the orders were begun late", 2
+		}
+	})
+	p.medians = medians(p.rows)
+	p.verdicts = judgeOverload(result.plan, p.medians)
+	return result
+}
+
+func TestWhatRestsOnAPointWithANoteIsMarkedEverywhere(t *testing.T) {
+	result := disturbed()
+	page, err := result.html(nil)
+	require.NoError(t, err)
+	var stdout bytes.Buffer
+	require.NoError(t, result.conclude(&stdout), "it is no failure")
+	const (
+		told     = "392/s † (rests on sync-limit 800/s)"
+		footnote = "† sync-limit 800/s: 3.5 % of the orders were begun late"
+	)
+	markdown := string(result.markdown())
+	require.Contains(t, markdown, "| ok | synchronous goodput at twice the capacity with a limit | "+told+" | at least 320/s")
+	require.Contains(t, markdown, "| sync-limit † | 800 |")
+	require.Contains(t, markdown, footnote)
+	require.Contains(t, string(page), told)
+	require.Contains(t, string(page), footnote)
+	require.Contains(t, stdout.String(), "ok  synchronous goodput at twice the capacity with a limit: "+told+" (expected: at least 320/s")
+	require.Equal(t, 1, strings.Count(stdout.String(), "rests on"), "other checks have other points")
+	for _, remark := range []string{"Measurements with a note, which says why not to trust them in full: 1 of 15.", "Measured a second time, since they had a note the first time: 1 of 15."} {
+		require.Contains(t, stdout.String(), remark)
+		require.Contains(t, markdown, remark)
+		require.Contains(t, string(page), remark)
+	}
+}
+
+func TestAPointWithANoteIsDrawnHollow(t *testing.T) {
+	undisturbed, result := fixed(), disturbed()
+	for i, c := range overloadCharts(result.plan, result.Parts[0]) {
+		picture, err := c.render(themes[0])
+		require.NoError(t, err)
+		same, err := overloadCharts(undisturbed.plan, undisturbed.Parts[0])[i].render(themes[0])
+		require.NoError(t, err)
+		require.Equal(t, c.name == "overload-backlog", bytes.Equal(picture, same), c.name)
+		entries := len(c.legend(themes[0])) - len(c.lines)
+		require.Equal(t, c.name == "overload-backlog", entries == 0, "the legend says what it means: %s", c.name)
+	}
 }
 
 func TestMarksThatAReaderWouldHaveChosen(t *testing.T) {

@@ -98,12 +98,12 @@ func judgeMemory(_ plan, rows []row) []verdict {
 	by := func(mode, variant string) row { return first(of(rows, mode, variant), all) }
 	tight, roomy, async := by(modeSync, variantLimited), by(modeSync, ""), by(modeAsync, variantLimited)
 	return []verdict{
-		atLeast("synchronous goodput with memory enough", roomy.goodput, 0.9*roomy.load, "/s", "90 % of the load"),
-		atMost("synchronous goodput with little memory", tight.goodput, 0.7*roomy.goodput, "/s", "70 % of that"),
-		atLeast("the collector's share of a core there", tight.collector, 0.25, " cores", ""),
-		atLeast("times what it is with memory enough", tight.collector/roomy.collector, 3, "", ""),
-		atLeast("asynchronous goodput with little memory", async.goodput, 0.95*async.load, "/s", "95 % of the load"),
-		atMost("the collector's share of a core there", async.collector, math.Max(0.5*tight.collector, 0.1), " cores", "half of the synchronous one's"),
+		atLeast("synchronous goodput with memory enough", roomy.goodput, 0.9*roomy.load, "/s", "90 % of the load", roomy),
+		atMost("synchronous goodput with little memory", tight.goodput, 0.7*roomy.goodput, "/s", "70 % of that", tight, roomy),
+		atLeast("the collector's share of a core there", tight.collector, 0.25, " cores", "", tight),
+		atLeast("times what it is with memory enough", tight.collector/roomy.collector, 3, "", "", tight, roomy),
+		atLeast("asynchronous goodput with little memory", async.goodput, 0.95*async.load, "/s", "95 % of the load", async),
+		atMost("the collector's share of a core there", async.collector, math.Max(0.5*tight.collector, 0.1), " cores", "half of the synchronous one's", async, tight),
 	}
 }
 
@@ -115,7 +115,7 @@ func memoryTables(p plan, rows []row) []table {
 		if r.variant == variantLimited {
 			limit = p.memoryLimit()
 		}
-		t.add(r.mode, limit, figure(r.goodput), figure(r.p50), figure(r.p99), figure(r.memory), figure(r.goroutines), figure(r.collector), figure(r.gatewayCores))
+		t.add(r.marked(r.mode), limit, figure(r.goodput), figure(r.p50), figure(r.p99), figure(r.memory), figure(r.goroutines), figure(r.collector), figure(r.gatewayCores))
 	}
 	return []table{t}
 }

@@ -121,9 +121,9 @@ func judgeOriginal(_ plan, rows []row) []verdict {
 		}
 	}
 	return []verdict{
-		atMost("synchronous orders a minute with the most orders", lastSync.perMinute, 0.6*bestSync.perMinute, "", fmt.Sprintf("60 %% of the best, at %d", bestSync.orders)),
-		atLeast("asynchronous orders a minute with the most orders", lastAsync.perMinute, 0.9*bestAsync.perMinute, "", fmt.Sprintf("90 %% of the best, at %d", bestAsync.orders)),
-		atLeast("asynchronous over synchronous there", lastAsync.perMinute/lastSync.perMinute, 3, " times", ""),
+		atMost("synchronous orders a minute with the most orders", lastSync.perMinute, 0.6*bestSync.perMinute, "", fmt.Sprintf("60 %% of the best, at %d", bestSync.orders), lastSync, bestSync),
+		atLeast("asynchronous orders a minute with the most orders", lastAsync.perMinute, 0.9*bestAsync.perMinute, "", fmt.Sprintf("90 %% of the best, at %d", bestAsync.orders), lastAsync, bestAsync),
+		atLeast("asynchronous over synchronous there", lastAsync.perMinute/lastSync.perMinute, 3, " times", "", lastAsync, lastSync),
 		atMost("farthest from the original's table, from 100 orders on", 100*worst, 25, " %", "it is a fit"),
 		atLeast("with an ideal backend, synchronous: most orders over fewest", last(idealSync).perMinute/first(idealSync, all).perMinute, 3, " times", "it does not collapse"),
 		atLeast("with an ideal backend, synchronous over asynchronous", last(idealSync).perMinute/last(idealAsync).perMinute, 3, " times", "16 workers are 16 workers"),

@@ -100,21 +100,21 @@ func judgeOverload(p plan, rows []row) []verdict {
 	at := func(rows []row, r float64) row {
 		return first(rows, func(row row) bool { return row.load == math.Round(r*c) })
 	}
-	half, twice := at(sync, 0.5), at(sync, 2)
+	half, twice, bounded := at(sync, 0.5), at(sync, 2), at(limited, 2)
 	verdicts := []verdict{
-		atLeast("synchronous goodput at half the capacity", half.goodput, 0.95*half.load, "/s", "95 % of the load"),
+		atLeast("synchronous goodput at half the capacity", half.goodput, 0.95*half.load, "/s", "95 % of the load", half),
 	}
 	if p.Cancellation == CancellationHonoured {
 		verdicts = append(verdicts,
-			atLeast("synchronous goodput at twice the capacity, cancellation honoured", twice.goodput, 0.8*c, "/s", "80 % of the capacity"))
+			atLeast("synchronous goodput at twice the capacity, cancellation honoured", twice.goodput, 0.8*c, "/s", "80 % of the capacity", twice))
 	} else {
 		verdicts = append(verdicts,
-			atMost("synchronous goodput at twice the capacity", twice.goodput, 0.1*c, "/s", "10 % of the capacity"),
-			atLeast("saved at the same time, for nobody", twice.saved, 0.9*c, "/s", "90 % of the capacity"))
+			atMost("synchronous goodput at twice the capacity", twice.goodput, 0.1*c, "/s", "10 % of the capacity", twice),
+			atLeast("saved at the same time, for nobody", twice.saved, 0.9*c, "/s", "90 % of the capacity", twice))
 	}
 	verdicts = append(verdicts, judgeAsync(c, async)...)
 	verdicts = append(verdicts,
-		atLeast("synchronous goodput at twice the capacity with a limit", at(limited, 2).goodput, 0.8*c, "/s", "80 % of the capacity"))
+		atLeast("synchronous goodput at twice the capacity with a limit", bounded.goodput, 0.8*c, "/s", "80 % of the capacity", bounded))
 	if p.Quick {
 		return verdicts
 	}
@@ -122,10 +122,10 @@ func judgeOverload(p plan, rows []row) []verdict {
 		return first(rows, func(r row) bool { return r.variant == name }), "synchronous at twice the capacity: " + name
 	}
 	random, name := variant(variantRandom)
-	verdicts = append(verdicts, atMost(name, random.goodput, 0.1*c, "/s", "10 % of the capacity"))
+	verdicts = append(verdicts, atMost(name, random.goodput, 0.1*c, "/s", "10 % of the capacity", random))
 	for _, name := range []string{variantHonoured, variantRandomHonoured} {
 		honoured, name := variant(name)
-		verdicts = append(verdicts, atLeast(name, honoured.goodput, 0.5*c, "/s", "half of the capacity: no collapse"))
+		verdicts = append(verdicts, atLeast(name, honoured.goodput, 0.5*c, "/s", "half of the capacity: no collapse", honoured))
 	}
 	return verdicts
 }
@@ -135,36 +135,46 @@ func judgeAsync(c float64, rows []row) []verdict {
 	if len(rows) == 0 {
 		accepted, latest, lowest, highest, grows = math.NaN(), math.NaN(), math.NaN(), math.NaN(), math.NaN()
 	}
+	var above []row
 	for _, r := range rows {
 		accepted, latest = min(accepted, r.accepted/r.offered), max(latest, r.p99)
 		if r.load > c {
+			above = append(above, r)
 			lowest, highest = min(lowest, r.saved), max(highest, r.saved)
 			grows = min(grows, r.backlog/(r.load-c))
 		}
 	}
 	return []verdict{
-		atLeast("asynchronous orders accepted, at every load", 100*accepted, 99, " %", "of those offered"),
-		atMost("99th percentile of their 202, at every load", latest, 100, " ms", "a tenth of the clients' patience"),
-		atLeast("asynchronously saved above the capacity", lowest, 0.9*c, "/s", "90 % of the capacity"),
-		atMost("and flat: least below most, above the capacity", 100*(1-lowest/highest), 5, " %", ""),
-		atLeast("while the backlog grows: seconds of excess in it", grows, 1, " s", "it is not lost, and not for free"),
+		atLeast("asynchronous orders accepted, at every load", 100*accepted, 99, " %", "of those offered", rows...),
+		atMost("99th percentile of their 202, at every load", latest, 100, " ms", "a tenth of the clients' patience", rows...),
+		atLeast("asynchronously saved above the capacity", lowest, 0.9*c, "/s", "90 % of the capacity", above...),
+		atMost("and flat: least below most, above the capacity", 100*(1-lowest/highest), 5, " %", "", above...),
+		atLeast("while the backlog grows: seconds of excess in it", grows, 1, " s", "it is not lost, and not for free", above...),
 	}
 }
 
-func atLeast(name string, is, want float64, unit, why string) verdict {
-	return compared(name, is, want, unit, why, "at least", is >= want)
+// atLeast is a verdict that rests on the numbers of those rows.
+func atLeast(name string, is, want float64, unit, why string, rows ...row) verdict {
+	return compared(name, is, want, unit, why, "at least", is >= want, rows)
 }
 
-func atMost(name string, is, want float64, unit, why string) verdict {
-	return compared(name, is, want, unit, why, "at most", is <= want)
+// atMost is a verdict that rests on the numbers of those rows.
+func atMost(name string, is, want float64, unit, why string, rows ...row) verdict {
+	return compared(name, is, want, unit, why, "at most", is <= want, rows)
 }
 
-func compared(name string, is, want float64, unit, why, relation string, ok bool) verdict {
+func compared(name string, is, want float64, unit, why, relation string, ok bool, rows []row) verdict {
 	expected := relation + " " + figure(want) + unit
 	if why != "" {
 		expected += ", " + why
 	}
-	return verdict{Name: name, Measured: figure(is) + unit, Expected: expected, OK: ok}
+	v := verdict{Name: name, Measured: figure(is) + unit, Expected: expected, OK: ok}
+	for _, r := range rows {
+		if r.note != "" {
+			v.Doubts = append(v.Doubts, r.name())
+		}
+	}
+	return v
 }
 
 // figure writes a number as briefly as it can be read.
@@ -190,10 +200,10 @@ func overloadTables(p plan, rows []row) []table {
 		Columns: []string{"variant", "load /s", "in time /s", "saved by the backend /s", "gave up"}}
 	for _, r := range rows {
 		if r.variant == "" {
-			t.add(r.mode, figure(r.load), figure(r.accepted), figure(r.goodput), figure(r.saved), figure(math.Round(r.backlog)), figure(r.p50), figure(r.p99), figure(r.answerP99))
+			t.add(r.marked(r.mode), figure(r.load), figure(r.accepted), figure(r.goodput), figure(r.saved), figure(math.Round(r.backlog)), figure(r.p50), figure(r.p99), figure(r.answerP99))
 			continue
 		}
-		variants.add(r.variant, figure(r.load), figure(r.goodput), figure(r.saved), figure(100*r.timedOut)+" %")
+		variants.add(r.marked(r.variant), figure(r.load), figure(r.goodput), figure(r.saved), figure(100*r.timedOut)+" %")
 	}
 	if len(variants.Rows) == 0 {
 		return []table{t}

@@ -93,7 +93,19 @@ type row struct {
 	p50, p99, p999, max, answerP99                         float64
 	attempts, failed, timedOut, adopted, copies, lost      float64
 	memory, goroutines, collector, gatewayCores, loadCores float64
-	late                                                   float64
+	late, tries                                            float64
+}
+
+// name is what a reader knows the point by: its way, its load or its orders, and its variant.
+func (r row) name() string {
+	name := fmt.Sprintf("%s %.0f/s", r.mode, r.load)
+	if r.orders > 0 {
+		name = fmt.Sprintf("%s N = %d", r.mode, r.orders)
+	}
+	if r.variant != "" {
+		name += " (" + r.variant + ")"
+	}
+	return name
 }
 
 // instant is what was seen at one moment: a line of the CSV file of a part's course in time.
@@ -144,6 +156,7 @@ var rowColumns = []column[row]{
 	{"gateway_cores", "processor time of the gateway per second", func(r *row) *float64 { return &r.gatewayCores }},
 	{"load_cores", "processor time of the load generator per second", func(r *row) *float64 { return &r.loadCores }},
 	{"late_ms", "how much later than planned the load generator sent, at worst", func(r *row) *float64 { return &r.late }},
+	{"tries", "2 if the point was measured twice in this run, since it had a note the first time; what stands here is the better one", func(r *row) *float64 { return &r.tries }},
 }
 
 // instantColumns are the numbers of an instant, in the order of the CSV file.
@@ -188,14 +201,25 @@ func medians(rows []row) []row {
 		for _, c := range rowColumns {
 			*c.of(&m), _, _ = spread(group, c.of)
 		}
-		for _, r := range group {
-			if r.note != "" {
-				m.note = r.note
-			}
-		}
+		m.note = notes(group)
 		middle = append(middle, m)
 	}
 	return middle
+}
+
+// notes are those of some runs of a point, with the run where there are several.
+func notes(runs []row) string {
+	var notes []string
+	for _, r := range runs {
+		switch {
+		case r.note == "":
+		case len(runs) == 1:
+			notes = append(notes, r.note)
+		default:
+			notes = append(notes, fmt.Sprintf("run %d: %s", r.run, r.note))
+		}
+	}
+	return strings.Join(notes, "; ")
 }
 
 // spread is the median, the least and the most of a number in some rows; NaN counts only where there is nothing else.

@@ -40,6 +40,28 @@ type table struct {
 
 func (t *table) add(cells ...string) { t.Rows = append(t.Rows, cells) }
 
+// noted marks what has a note.
+const noted = " †"
+
+// marked is the name of the row in a table.
+func (r row) marked(name string) string {
+	if r.note != "" {
+		return name + noted
+	}
+	return name
+}
+
+// footnotes are what the marks in tables and plots are about.
+func (p partResult) footnotes() []string {
+	var footnotes []string
+	for _, r := range p.medians {
+		if r.note != "" {
+			footnotes = append(footnotes, "† "+r.name()+": "+r.note)
+		}
+	}
+	return footnotes
+}
+
 // write writes all files. What an earlier experiment left under other names stays.
 func (r *result) write(dir string) error {
 	files := map[string][]byte{}
@@ -181,13 +203,16 @@ func (r *result) markdown() []byte {
 		for _, t := range p.tables(r.plan, p.medians) {
 			text.WriteString("\n" + t.markdown())
 		}
+		for _, footnote := range p.footnotes() {
+			text.WriteString("\n" + footnote + "\n")
+		}
 		text.WriteString("\n| | check | measured | expected |\n|---|---|---|---|\n")
 		for _, v := range p.verdicts {
 			mark := "ok"
 			if !v.OK {
 				mark = "**not so**"
 			}
-			fmt.Fprintf(&text, "| %s | %s | %s | %s |\n", mark, cell(v.Name), cell(v.Measured), cell(v.Expected))
+			fmt.Fprintf(&text, "| %s | %s | %s | %s |\n", mark, cell(v.Name), cell(v.Told()), cell(v.Expected))
 		}
 		text.WriteString("\nWhat this does not show:\n\n")
 		for _, caveat := range p.caveats {
@@ -256,6 +281,7 @@ func (r *result) html(files map[string][]byte) ([]byte, error) {
 		About       string
 		Pictures    []picture
 		Tables      []table
+		Footnotes   []string
 		Verdicts    []verdict
 		Caveats     []string
 	}
@@ -264,7 +290,7 @@ func (r *result) html(files map[string][]byte) ([]byte, error) {
 	}
 	var sections []section
 	for _, p := range r.Parts {
-		s := section{Name: p.name, Title: p.title, About: p.about, Tables: p.tables(r.plan, p.medians), Verdicts: p.verdicts, Caveats: p.caveats}
+		s := section{Name: p.name, Title: p.title, About: p.about, Tables: p.tables(r.plan, p.medians), Footnotes: p.footnotes(), Verdicts: p.verdicts, Caveats: p.caveats}
 		for _, c := range p.charts(r.plan, p) {
 			s.Pictures = append(s.Pictures, picture{c.title, template.URL(inline(c.file(themes[0]))), template.Srcset(inline(c.file(themes[1])))})
 		}

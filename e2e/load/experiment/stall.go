@@ -48,13 +48,13 @@ func judgeStall(_ plan, rows []row) []verdict {
 	by := func(mode string) row { return first(rows, func(r row) bool { return r.mode == mode }) }
 	sync, async, limited := by(modeSync), by(modeAsync), by(modeSyncLimit)
 	return []verdict{
-		atLeast("synchronous goodput before the stall", sync.before, 0.9*sync.load, "/s", "90 % of the load"),
-		atMost("synchronous goodput long after the stall", sync.after, 0.1*sync.load, "/s", "10 % of the load: it does not come back"),
-		atLeast("times that the backend saved each synchronous order since the stall", sync.copies, 3, "", "about as often as clients try"),
-		atLeast("asynchronous goodput long after the stall", async.after, 0.99*async.load, "/s", "99 % of the load"),
-		atMost("times that the backend saved each asynchronous order", async.copies, 1, "", "no order twice"),
-		atMost("asynchronous orders lost", async.lost, 0, "", ""),
-		atLeast("synchronous goodput with a limit, long after the stall", limited.after, 0.9*limited.load, "/s", "90 % of the load"),
+		atLeast("synchronous goodput before the stall", sync.before, 0.9*sync.load, "/s", "90 % of the load", sync),
+		atMost("synchronous goodput long after the stall", sync.after, 0.1*sync.load, "/s", "10 % of the load: it does not come back", sync),
+		atLeast("times that the backend saved each synchronous order since the stall", sync.copies, 3, "", "about as often as clients try", sync),
+		atLeast("asynchronous goodput long after the stall", async.after, 0.99*async.load, "/s", "99 % of the load", async),
+		atMost("times that the backend saved each asynchronous order", async.copies, 1, "", "no order twice", async),
+		atMost("asynchronous orders lost", async.lost, 0, "", "", async),
+		atLeast("synchronous goodput with a limit, long after the stall", limited.after, 0.9*limited.load, "/s", "90 % of the load", limited),
 	}
 }
 
@@ -64,7 +64,7 @@ func stallTables(p plan, rows []row) []table {
 		Columns: []string{"way", "in time before /s", "in time after /s", "answered in time, of all", "attempts per order", "saved per order since the stall", "lost"},
 	}
 	for _, r := range rows {
-		t.add(r.mode, figure(r.before), figure(r.after), figure(100*(1-r.failed-r.timedOut))+" %", figure(r.attempts), figure(r.copies), figure(r.lost))
+		t.add(r.marked(r.mode), figure(r.before), figure(r.after), figure(100*(1-r.failed-r.timedOut))+" %", figure(r.attempts), figure(r.copies), figure(r.lost))
 	}
 	return []table{t}
 }
