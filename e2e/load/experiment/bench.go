@@ -64,6 +64,7 @@ type trial struct {
 	standInStarted         time.Time
 	started                time.Time // the load
 	samples                []sample
+	missed, inARow         int // samples
 	client                 *http.Client
 }
 
@@ -215,7 +216,7 @@ func (t *trial) watch(ctx context.Context) error {
 	ticker := time.NewTicker(every)
 	defer ticker.Stop()
 	for {
-		if err := t.sample(ctx); err != nil {
+		if err := t.look(ctx); err != nil {
 			return err
 		}
 		select {
@@ -233,6 +234,25 @@ func (t *trial) watch(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// mostMissed is how many samples may be missed one after the other.
+const mostMissed = 5
+
+// look takes a sample, or misses it: a process that lives can be too short of something to answer once. Without the first
+// sample there is nothing to count from.
+func (t *trial) look(ctx context.Context) error {
+	err := t.sample(ctx)
+	if err == nil {
+		t.inARow = 0
+		return nil
+	}
+	t.missed++
+	t.inARow++
+	if len(t.samples) == 0 || t.inARow > mostMissed || ctx.Err() != nil {
+		return err
+	}
+	return nil
 }
 
 // sample is what was seen of the stand-in and the gateway at one moment. Counts are since the start.
@@ -478,7 +498,10 @@ func (t *trial) row(result load.Result, run int) row {
 	if t.orders == 0 {
 		r.note = result.Why // in a closed loop nobody is late: what counts is when all is done
 		if r.adopted > mostAdopted {
-			r.note = strings.TrimPrefix(r.note+"; ", "; ") + fmt.Sprintf("%.1f %% of the synchronous orders went on as asynchronous ones", 100*r.adopted)
+			r.remark("%.1f %% of the synchronous orders went on as asynchronous ones", 100*r.adopted)
+		}
+		if t.missed > 0 {
+			r.remark("samples missed, which are interpolated: %d", t.missed)
 		}
 	} else {
 		from, to = 0, time.Duration(result.MeasuredSeconds*float64(time.Second))
@@ -499,6 +522,11 @@ func (t *trial) row(result load.Result, run int) row {
 		r.after = goodBetween(result.Series, to-(to-over)/2, to)
 	}
 	return r
+}
+
+// remark adds to the note.
+func (r *row) remark(format string, args ...any) {
+	r.note = strings.TrimPrefix(r.note+"; ", "; ") + fmt.Sprintf(format, args...)
 }
 
 // mostAdopted is the share of synchronous orders that may turn into asynchronous ones: a client that tries again before

@@ -109,7 +109,8 @@ var ErrShape = errors.New("the expected shape is not there")
 var ErrBusy = errors.New("this machine is too busy to measure")
 
 // Run measures, writes the results to cfg.Out, and prints the verdicts. It blocks for minutes; when ctx ends, it ends the
-// processes that it started, removes their data, writes nothing and returns the cause.
+// processes that it started, removes their data, writes nothing and returns the cause. After any other error the parts that
+// are complete are written, with a remark.
 func Run(ctx context.Context, cfg Config, deps Deps) (err error) {
 	if err := cfg.Validate(); err != nil {
 		return err
@@ -129,20 +130,26 @@ func Run(ctx context.Context, cfg Config, deps Deps) (err error) {
 	}()
 
 	b := &bench{binary: deps.Binary, environ: deps.Environ, dir: dir, broker: cfg.Backend, again: cfg.Runs * mostAgain}
-	progress := &progress{out: deps.Stderr}
+	progress, started := &progress{out: deps.Stderr}, time.Now()
 	machine, err := calibrate(ctx, b, cfg, progress)
 	if err != nil {
 		return err
 	}
 	plan := newPlan(cfg, machine)
-	result := result{Config: cfg, Machine: machine, Version: deps.Version, Command: deps.Command, Started: time.Now(), plan: plan}
-	if err := result.measure(ctx, b, progress); err != nil {
+	result := result{Config: cfg, Machine: machine, Version: deps.Version, Command: deps.Command, Started: started, plan: plan}
+	result.Failed = result.measure(ctx, b, progress)
+	if result.Failed != nil && (ctx.Err() != nil || len(result.Parts) == 0) {
+		return result.Failed
+	}
+	return errors.Join(result.Failed, result.publish(deps.Stdout))
+}
+
+// publish writes the files and prints the verdicts.
+func (r *result) publish(stdout io.Writer) error {
+	if err := r.write(r.Out); err != nil {
 		return err
 	}
-	if err := result.write(cfg.Out); err != nil {
-		return err
-	}
-	return result.conclude(deps.Stdout)
+	return r.conclude(stdout)
 }
 
 // plan is what the points of all parts depend on.
@@ -239,6 +246,7 @@ type result struct {
 	Started time.Time
 	Took    time.Duration
 	Parts   []partResult
+	Failed  error // why there are fewer parts than were asked for
 }
 
 // partResult is what was measured in one part.
@@ -250,8 +258,9 @@ type partResult struct {
 	verdicts []verdict
 }
 
-// measure runs all points of all parts.
+// measure runs all points of all parts. After an error r has the parts that are complete.
 func (r *result) measure(ctx context.Context, b *bench, progress *progress) error {
+	defer func() { r.Took = time.Since(r.Started) }()
 	chosen := r.plan.parts()
 	points := make([][]point, len(chosen))
 	for i, p := range chosen {
@@ -279,7 +288,6 @@ func (r *result) measure(ctx context.Context, b *bench, progress *progress) erro
 		done.verdicts = p.judge(r.plan, done.medians)
 		r.Parts = append(r.Parts, done)
 	}
-	r.Took = time.Since(r.Started)
 	return nil
 }
 
@@ -314,6 +322,9 @@ func (r *result) conclude(stdout io.Writer) error {
 // remarks are the reasons not to believe the numbers.
 func (r *result) remarks() []string {
 	var remarks []string
+	if r.Failed != nil {
+		remarks = append(remarks, fmt.Sprintf("Incomplete: %d of %d parts, since %s.", len(r.Parts), len(r.plan.parts()), cell(r.Failed.Error())))
+	}
 	for _, reason := range r.Machine.Busy {
 		remarks = append(remarks, "Measured by force on a machine that was too busy: "+reason+".")
 	}

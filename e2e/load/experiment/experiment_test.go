@@ -3,9 +3,11 @@ package experiment
 import (
 	"bytes"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"image/png"
+	"io"
 	"math"
 	"net/http"
 	"net/http/httptest"
@@ -20,6 +22,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
+
+	"sluice/e2e/load"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -98,6 +102,55 @@ func TestAnExperimentThatIsStoppedLeavesNothing(t *testing.T) {
 	left, err := os.ReadDir(b.dir)
 	require.NoError(t, err)
 	require.Empty(t, left)
+}
+
+// watched is a trial whose gateway answers the first samples, then misses some, and answers again.
+func watched(t *testing.T, from, misses int) *trial {
+	t.Helper()
+	asked := 0
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/stats" {
+			asked++
+		}
+		if r.URL.Path == "/metrics" && asked > from && asked <= from+misses {
+			http.Error(w, "too busy", http.StatusServiceUnavailable)
+			return
+		}
+		_, _ = w.Write([]byte("{}"))
+	}))
+	t.Cleanup(server.Close)
+	lives := &process{done: make(chan struct{})}
+	return &trial{client: server.Client(), standInURL: server.URL, admin: server.URL, standIn: lives, gateway: lives}
+}
+
+func TestAPointBearsSamplesThatAreMissed(t *testing.T) {
+	trial := watched(t, 1, mostMissed)
+	for range mostMissed + 2 {
+		require.NoError(t, trial.look(t.Context()))
+	}
+	require.Len(t, trial.samples, 2)
+	require.Contains(t, trial.row(load.Result{}, 1).note, "samples missed, which are interpolated: 5")
+
+	trial = watched(t, 1, mostMissed+1)
+	var err error
+	for looks := 0; err == nil && looks < mostMissed+2; looks++ {
+		err = trial.look(t.Context())
+	}
+	require.ErrorContains(t, err, "answered 503: too busy", "a gateway that answers no more")
+
+	require.ErrorContains(t, watched(t, 0, 1).look(t.Context()), "answered 503: too busy", "nothing to count from")
+}
+
+func TestPartsThatAreCompleteOutliveTheErrorOfALaterOne(t *testing.T) {
+	dir := t.TempDir()
+	result := fixed()
+	result.Out, result.Failed, result.plan.Parts = dir, errors.New("stall async 320/s: sluice serve has ended"), []string{"overload", "stall"}
+	require.NoError(t, result.publish(io.Discard))
+	for _, name := range []string{"results-overload.md", "report-overload.html"} {
+		got, err := os.ReadFile(filepath.Join(dir, name))
+		require.NoError(t, err)
+		require.Contains(t, string(got), "Incomplete: 1 of 2 parts, since stall async 320/s: sluice serve has ended")
+	}
 }
 
 func TestAProcessIsGoneWhenStopReturns(t *testing.T) {
