@@ -257,10 +257,11 @@ func (t *trial) look(ctx context.Context) error {
 
 // sample is what was seen of the stand-in and the gateway at one moment. Counts are since the start.
 type sample struct {
-	at                                    time.Duration // since the load was started
-	saved, numbers, saves, waiting        float64
-	accepted, backlog, goroutines, memory float64
-	collector, processor                  float64 // seconds
+	at                             time.Duration // since the load was started
+	saved, numbers, saves, waiting float64
+	accepted, backlog, goroutines  float64
+	memory, resident               float64
+	collector, processor           float64 // seconds
 }
 
 func (t *trial) sample(ctx context.Context) error {
@@ -286,6 +287,7 @@ func (t *trial) sample(ctx context.Context) error {
 	s.accepted = metrics.sum("sluice_orders_accepted_total")
 	s.goroutines = metrics.sum("go_goroutines")
 	s.memory = (metrics.sum("go_memory_classes_total_bytes") - metrics.sum("go_memory_classes_heap_released_bytes")) / (1 << 20)
+	s.resident = metrics.sum("process_resident_memory_bytes") / (1 << 20)
 	s.processor = metrics.sum("process_cpu_seconds_total")
 	s.collector = metrics.sum("go_cpu_classes_gc_total_cpu_seconds_total") - metrics.sum("go_cpu_classes_gc_mark_idle_cpu_seconds_total")
 	t.samples = append(t.samples, s)
@@ -468,7 +470,7 @@ func (t *trial) at(when time.Duration) sample {
 	return sample{
 		at: when, saved: between(a.saved, b.saved), numbers: between(a.numbers, b.numbers), saves: between(a.saves, b.saves),
 		waiting: between(a.waiting, b.waiting), accepted: between(a.accepted, b.accepted), backlog: between(a.backlog, b.backlog),
-		goroutines: between(a.goroutines, b.goroutines), memory: between(a.memory, b.memory),
+		goroutines: between(a.goroutines, b.goroutines), memory: between(a.memory, b.memory), resident: between(a.resident, b.resident),
 		collector: between(a.collector, b.collector), processor: between(a.processor, b.processor),
 	}
 }
@@ -512,7 +514,7 @@ func (t *trial) row(result load.Result, run int) row {
 	r.collector, r.gatewayCores = (b.collector-a.collector)/seconds, (b.processor-a.processor)/seconds
 	for _, s := range t.samples {
 		if s.at >= from && s.at <= to {
-			r.memory, r.goroutines = max(r.memory, s.memory), max(r.goroutines, s.goroutines)
+			r.memory, r.resident, r.goroutines = max(r.memory, s.memory), max(r.resident, s.resident), max(r.goroutines, s.goroutines)
 		}
 	}
 	if t.stallFor > 0 {
@@ -569,7 +571,7 @@ func (t *trial) series(result load.Result, run int) []instant {
 		series = append(series, instant{
 			part: t.part, mode: t.mode, variant: t.variant, run: run, load: t.rate, t: end.Seconds(),
 			offered: float64(s.Offered), accepted: float64(s.Accepted), goodput: float64(s.Good), errors: float64(s.Errors),
-			saved: b.saved - a.saved, backlog: b.backlog, waiting: b.waiting, goroutines: b.goroutines, memory: b.memory,
+			saved: b.saved - a.saved, backlog: b.backlog, waiting: b.waiting, goroutines: b.goroutines, memory: b.memory, resident: b.resident,
 			collector: b.collector - a.collector, p50: deref(s.P50MS), p99: deref(s.P99MS),
 		})
 	}

@@ -57,6 +57,40 @@ func newQueues(broker string, environ []string) (queues, error) {
 	}
 }
 
+// brokerServer is the broker with the name and version of its server, which must be there.
+func brokerServer(ctx context.Context, broker string, environ []string) (server string, err error) {
+	queues, err := newQueues(broker, environ)
+	if err != nil {
+		return "", err
+	}
+	switch broker {
+	case BrokerAMQP:
+		connection, err := dialAMQP(queues.settings["pubsub.amqp.url"])
+		if err != nil {
+			return "", fmt.Errorf("ask the broker for its version: %w", err)
+		}
+		server = fmt.Sprintf("%s (%v %v)", broker, connection.Properties["product"], connection.Properties["version"])
+		return server, connection.Close()
+	case BrokerSQL:
+		db, err := sql.Open("pgx", queues.settings["pubsub.sql.dsn"])
+		if err != nil {
+			return "", fmt.Errorf("ask the broker for its version: %w", err)
+		}
+		defer func() { err = errors.Join(err, db.Close()) }()
+		var version string
+		if err := db.QueryRowContext(ctx, "SHOW server_version").Scan(&version); err != nil {
+			return "", fmt.Errorf("ask the broker for its version: %w", err)
+		}
+		return fmt.Sprintf("%s (PostgreSQL %s)", broker, version), nil
+	default:
+		return broker, nil
+	}
+}
+
+func dialAMQP(url string) (*amqp.Connection, error) {
+	return amqp.DialConfig(url, amqp.Config{Dial: amqp.DefaultDial(5 * time.Second)})
+}
+
 func lookup(environ []string, name string) string {
 	value := ""
 	for _, line := range environ {
@@ -69,7 +103,7 @@ func lookup(environ []string, name string) string {
 
 // removeAMQP deletes the exchanges and queues of a gateway that has ended. Those that are not there are no error.
 func removeAMQP(url, prefix string) (err error) {
-	connection, err := amqp.DialConfig(url, amqp.Config{Dial: amqp.DefaultDial(5 * time.Second)})
+	connection, err := dialAMQP(url)
 	if err != nil {
 		return fmt.Errorf("remove the queues of %s: %w", prefix, err)
 	}

@@ -80,6 +80,16 @@ func (c Config) Validate() error {
 	oneOf("arrivals", c.Arrivals, ArrivalsConstant, ArrivalsPoisson)
 	oneOf("service", c.Service, ServiceConstant, ServiceExponential)
 	oneOf("cancellation", c.Cancellation, CancellationIgnored, CancellationHonoured)
+	if !c.has("overload") {
+		onlyOverload := func(flag, is, otherwise string) {
+			if is != otherwise {
+				faults = append(faults, fmt.Errorf("%s: changes part overload only, which is not among the parts", flag))
+			}
+		}
+		onlyOverload("arrivals", c.Arrivals, ArrivalsConstant)
+		onlyOverload("service", c.Service, ServiceConstant)
+		onlyOverload("cancellation", c.Cancellation, CancellationIgnored)
+	}
 	if c.Runs < 1 {
 		faults = append(faults, fmt.Errorf("runs: must be 1 or more, is %d", c.Runs))
 	}
@@ -131,12 +141,16 @@ func Run(ctx context.Context, cfg Config, deps Deps) (err error) {
 
 	b := &bench{binary: deps.Binary, environ: deps.Environ, dir: dir, broker: cfg.Backend, again: cfg.Runs * mostAgain}
 	progress, started := &progress{out: deps.Stderr}, time.Now()
+	server, err := brokerServer(ctx, cfg.Backend, deps.Environ)
+	if err != nil {
+		return err
+	}
 	machine, err := calibrate(ctx, b, cfg, progress)
 	if err != nil {
 		return err
 	}
 	plan := newPlan(cfg, machine)
-	result := result{Config: cfg, Machine: machine, Version: deps.Version, Command: deps.Command, Started: started, plan: plan}
+	result := result{Config: cfg, Machine: machine, Version: deps.Version, Command: deps.Command, Broker: server, Started: started, plan: plan}
 	result.Failed = result.measure(ctx, b, progress)
 	if result.Failed != nil && (ctx.Err() != nil || len(result.Parts) == 0) {
 		return result.Failed
@@ -200,8 +214,8 @@ func (p plan) parts() []part {
 // part is one question to the gateway.
 type part struct {
 	name, title string
-	about       string                             // what is done and why, in sentences
-	caveats     []string                           // what it does not show
+	about       func(p plan) string                // what is done, why, and what is expected, in sentences; what came of it the numbers say
+	caveats     func(p plan) []string              // what it does not show
 	points      func(p plan) []point               // what to measure
 	judge       func(p plan, rows []row) []verdict // the shape that is expected; rows are medians
 	tables      func(p plan, rows []row) []table   // rows are medians
@@ -243,6 +257,7 @@ type result struct {
 	Machine machine
 	Version string
 	Command string
+	Broker  string // with the version of its server
 	Started time.Time
 	Took    time.Duration
 	Parts   []partResult

@@ -15,6 +15,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -24,6 +25,7 @@ import (
 	"go.uber.org/goleak"
 
 	"sluice/e2e/load"
+	"sluice/e2e/services"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -182,9 +184,26 @@ func TestABrokerThatIsNowhereIsNamed(t *testing.T) {
 	require.Regexp(t, `^[a-z0-9_]+$`, q.settings["pubsub.sql.prefix"])
 }
 
+func TestTheBrokersServerIsNamedWithItsVersion(t *testing.T) {
+	server, err := brokerServer(t.Context(), BrokerGoChannel, nil)
+	require.NoError(t, err)
+	require.Equal(t, "gochannel", server)
+	t.Run("amqp", func(t *testing.T) {
+		url, _ := services.AMQP(t)
+		server, err := brokerServer(t.Context(), BrokerAMQP, []string{envAMQPURL + "=" + url})
+		require.NoError(t, err)
+		require.Regexp(t, `^amqp \(RabbitMQ \d+\.[\d.]+\)$`, server)
+	})
+	t.Run("sql", func(t *testing.T) {
+		server, err := brokerServer(t.Context(), BrokerSQL, []string{envSQLDSN + "=" + services.Postgres(t)})
+		require.NoError(t, err)
+		require.Regexp(t, `^sql \(PostgreSQL \d+\.\d+.*\)$`, server)
+	})
+}
+
 func TestConfigTellsAllFaultsAtOnce(t *testing.T) {
 	require.NoError(t, DefaultConfig().Validate())
-	err := Config{Parts: []string{"everything"}, Backend: "kafka", Arrivals: "never", Service: "slow", Cancellation: "maybe", TimeScale: 2}.Validate()
+	err := Config{Parts: []string{"everything", "overload"}, Backend: "kafka", Arrivals: "never", Service: "slow", Cancellation: "maybe", TimeScale: 2}.Validate()
 	require.EqualError(t, err, strings.Join([]string{
 		`part: must be one of overload, original, stall, memory, is "everything"`,
 		`backend: must be one of gochannel, amqp, sql, is "kafka"`,
@@ -195,6 +214,70 @@ func TestConfigTellsAllFaultsAtOnce(t *testing.T) {
 		`out: must name a directory`,
 		`time-scale: must be more than 0 and at most 1, is 2`,
 	}, "\n"))
+}
+
+func TestFlagsOfAPartThatIsNotRunAreFaults(t *testing.T) {
+	cfg := DefaultConfig()
+	cfg.Parts, cfg.Arrivals, cfg.Service, cfg.Cancellation = []string{"stall", "memory"}, ArrivalsPoisson, ServiceExponential, CancellationHonoured
+	require.EqualError(t, cfg.Validate(), strings.Join([]string{
+		"arrivals: changes part overload only, which is not among the parts",
+		"service: changes part overload only, which is not among the parts",
+		"cancellation: changes part overload only, which is not among the parts",
+	}, "\n"))
+	cfg.Parts = append(cfg.Parts, "overload")
+	require.NoError(t, cfg.Validate())
+	cfg.Parts = nil
+	require.NoError(t, cfg.Validate(), "no parts are all")
+}
+
+func TestTheTextOfPartOverloadIsAboutWhatIsMeasured(t *testing.T) {
+	text := func(p plan) string { return strings.Join(append(overload().caveats(p), overload().about(p)), "\n") }
+	quick := text(quickPlan())
+	require.Contains(t, quick, "The backend does not know that")
+	require.NotContains(t, quick, "see the variants", "there are none")
+	require.Contains(t, text(quickPlan(func(c *Config) { c.Quick = false })), "see the variants")
+	changed := text(quickPlan(func(c *Config) {
+		c.Arrivals, c.Service, c.Cancellation = ArrivalsPoisson, ServiceExponential, CancellationHonoured
+	}))
+	require.NotContains(t, changed, "does not know")
+	for _, what := range []string{"The backend is told", "at random (Poisson)", "(exponential)"} {
+		require.Contains(t, changed, what)
+		require.NotContains(t, quick, what)
+	}
+}
+
+func TestHowMuchIsNoCollapseIsTheSameByFlagAndAsAVariant(t *testing.T) {
+	expected := func(verdicts []verdict, name string) string {
+		for _, v := range verdicts {
+			if v.Name == name {
+				return v.Expected
+			}
+		}
+		return "not checked: " + name
+	}
+	variants := judgeOverload(quickPlan(func(c *Config) { c.Quick = false }), nil)
+	for variant, change := range map[string]func(*Config){
+		"cancellation honoured":         func(c *Config) { c.Cancellation = CancellationHonoured },
+		"random, cancellation honoured": func(c *Config) { c.Cancellation, c.Service = CancellationHonoured, ServiceExponential },
+	} {
+		byFlag := judgeOverload(quickPlan(change), nil)
+		require.Equal(t, expected(variants, "synchronous at twice the capacity: "+variant),
+			expected(byFlag, "synchronous goodput at twice the capacity, cancellation honoured"), variant)
+	}
+}
+
+func TestParametersOfPointsThatAreToldTheSameAreOneLine(t *testing.T) {
+	p := newPlan(DefaultConfig(), machine{Workers: fullWorkers, Taking: 2000})
+	lines := parameters(overloadPoints(p)).Rows
+	require.Equal(t, []string{"async", "200/s, 380/s, 500/s, 800/s, 1200/s", "--latency 50ms --capacity 20 --service constant --cancellation ignored",
+		"dispatch.concurrency=25", "leave after 1s, constant arrivals", "2s + 6s"}, lines[slices.IndexFunc(lines, func(line []string) bool { return line[0] == modeAsync })])
+	lines = parameters(memoryPoints(p)).Rows
+	require.Equal(t, "GOMAXPROCS=1 GOMEMLIMIT=64MiB dispatch.concurrency=64 pubsub.gochannel.window=128", lines[0][3])
+	lines = parameters(stallPoints(p)).Rows
+	require.Equal(t, []string{"leave after 1s, try again up to 3 times, first after about 300ms, constant arrivals", "2s + 38s, stall of 3s after 7s"}, lines[0][4:])
+	lines = parameters(originalPoints(p)).Rows
+	require.Equal(t, []string{"N = 10, 50, 100, 200, 500, 1000", "N = 2000, 3000"}, []string{lines[0][1], lines[1][1]})
+	require.Equal(t, []string{"all at once, until all are saved", "1000 at once, until all are saved"}, []string{lines[0][5], lines[1][5]})
 }
 
 func TestTheQuickPlanTakesLessThanThreeMinutes(t *testing.T) {
@@ -548,7 +631,7 @@ func fixed() result {
 		{part: "overload", mode: modeAsync, run: 1, load: 800, t: 2, offered: 800, accepted: 800, goodput: 800, saved: 392, backlog: 818, p50: 1.1, p99: 1.9},
 	}}
 	done.verdicts = judgeOverload(p, done.medians)
-	return result{Config: cfg, plan: p, Machine: m, Version: "1.0", Command: "sluice experiment overload --quick",
+	return result{Config: cfg, plan: p, Machine: m, Version: "1.0", Command: "sluice experiment overload --quick", Broker: BrokerGoChannel,
 		Started: time.Date(2026, 11, 22, 10, 0, 0, 0, time.UTC), Took: 50 * time.Second, Parts: []partResult{done}}
 }
 
@@ -624,7 +707,7 @@ func TestTheReportHasEveryPlotAndAsksForNothingFromOutside(t *testing.T) {
 		for _, v := range part.verdicts {
 			require.Contains(t, text, v.Name)
 		}
-		require.Contains(t, text, part.caveats[0])
+		require.Contains(t, text, part.caveats(result.plan)[0])
 	}
 	for _, fact := range []string{"A processor, 2 cores", "2026-11-22 10:00 UTC", "sluice experiment overload --quick"} {
 		require.Contains(t, text, fact)
@@ -635,7 +718,7 @@ func TestEveryPartDrawsWhatWasTooShortToMeasure(t *testing.T) {
 	p := quickPlan()
 	for _, part := range p.parts() {
 		result := partResult{part: part}
-		require.NotEmpty(t, part.caveats)
+		require.NotEmpty(t, part.caveats(p))
 		for _, c := range part.charts(p, result) {
 			_, err := c.render(themes[0])
 			require.NoError(t, err, c.name)

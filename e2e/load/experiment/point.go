@@ -2,6 +2,7 @@ package experiment
 
 import (
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -63,6 +64,61 @@ func (p point) path() string {
 	return "/orders/sync"
 }
 
+// parameters are what the processes of the point are told, for the report.
+func (p point) parameters() []string {
+	var gateway []string
+	if p.processors > 0 {
+		gateway = append(gateway, fmt.Sprintf("GOMAXPROCS=%d", p.processors))
+	}
+	if p.memoryLimit != "" {
+		gateway = append(gateway, "GOMEMLIMIT="+p.memoryLimit)
+	}
+	for _, key := range slices.Sorted(maps.Keys(p.settings)) {
+		gateway = append(gateway, key+"="+p.settings[key])
+	}
+	clients := []string{"leave after " + p.deadline.String()}
+	if p.retries > 0 {
+		clients = append(clients, fmt.Sprintf("try again up to %d times, first after about %s", p.retries, p.pause))
+	}
+	if p.size > 0 {
+		clients = append(clients, fmt.Sprintf("orders of %d bytes", p.size))
+	}
+	times := fmt.Sprintf("%d at once, until all are saved", p.clients)
+	switch p.orders {
+	case 0:
+		clients = append(clients, p.arrivals+" arrivals")
+		times = fmt.Sprintf("%s + %s", p.warmup, p.window)
+	case p.clients:
+		times = "all at once, until all are saved"
+	}
+	if p.stallFor > 0 {
+		times += fmt.Sprintf(", stall of %s after %s", p.stallFor, p.warmup+p.stallAfter)
+	}
+	return []string{strings.Join(p.backend, " "), strings.Join(gateway, " "), strings.Join(clients, ", "), times}
+}
+
+// parameters has a line for the points of a way and a variant that are told the same.
+func parameters(points []point) table {
+	t := table{Title: "Parameters", Columns: []string{"way", "load /s or N", "sluice backend", "sluice serve", "clients", "warm-up + measured"}}
+	for _, p := range points {
+		name, amount := p.mode, fmt.Sprintf("%.0f/s", p.rate)
+		if p.variant != "" {
+			name += " (" + p.variant + ")"
+		}
+		if p.orders > 0 {
+			amount = fmt.Sprintf("N = %d", p.orders)
+		}
+		told := p.parameters()
+		i := slices.IndexFunc(t.Rows, func(line []string) bool { return line[0] == name && slices.Equal(line[2:], told) })
+		if i < 0 {
+			t.add(append([]string{name, amount}, told...)...)
+			continue
+		}
+		t.Rows[i][1] += ", " + strings.TrimPrefix(amount, "N = ")
+	}
+	return t
+}
+
 // overhead is how long it takes to start and end the processes of a point, roughly.
 const overhead = 700 * time.Millisecond
 
@@ -92,7 +148,8 @@ type row struct {
 	before, after, backlog, waiting                        float64
 	p50, p99, p999, max, answerP99                         float64
 	attempts, failed, timedOut, adopted, copies, lost      float64
-	memory, goroutines, collector, gatewayCores, loadCores float64
+	memory, resident, goroutines, collector                float64
+	gatewayCores, loadCores                                float64
 	late, tries                                            float64
 }
 
@@ -114,10 +171,11 @@ type instant struct {
 	run                 int
 	load                float64 // offered by the point, which tells the points of a part apart
 
-	t                                               float64
-	offered, accepted, goodput, errors, saved       float64
-	backlog, waiting, goroutines, memory, collector float64
-	p50, p99                                        float64
+	t                                              float64
+	offered, accepted, goodput, errors, saved      float64
+	backlog, waiting, goroutines, memory, resident float64
+	collector                                      float64
+	p50, p99                                       float64
 }
 
 // column is a number of a row.
@@ -131,11 +189,11 @@ var rowColumns = []column[row]{
 	{"capacity", "orders per second that the backend can save; empty if it has no limit", func(r *row) *float64 { return &r.capacity }},
 	{"load", "orders per second that the point was to have", func(r *row) *float64 { return &r.load }},
 	{"offered", "orders per second that clients had, by the plan", func(r *row) *float64 { return &r.offered }},
-	{"accepted", "2xx answers per second", func(r *row) *float64 { return &r.accepted }},
+	{"accepted", "2xx answers per second, to the orders of the measured time whenever they came", func(r *row) *float64 { return &r.accepted }},
 	{"goodput", "2xx answers per second that came while the client was still waiting", func(r *row) *float64 { return &r.goodput }},
 	{"goodput_before", "goodput before the stall", func(r *row) *float64 { return &r.before }},
 	{"goodput_after", "goodput in the last half of the time after the stall", func(r *row) *float64 { return &r.after }},
-	{"saved", "orders per second that the backend saved, whether or not anybody still waited for them", func(r *row) *float64 { return &r.saved }},
+	{"saved", "orders per second that the backend saved, whether or not anybody still waited for them; like all that is asked of the backend and the gateway it is sampled, and interpolated to the ends of the measured time", func(r *row) *float64 { return &r.saved }},
 	{"orders_per_minute", "closed loop: from the first order to the last one saved", func(r *row) *float64 { return &r.perMinute }},
 	{"backlog", "orders that the gateway had accepted and not saved, at the end of the measured time", func(r *row) *float64 { return &r.backlog }},
 	{"backend_waiting", "calls in service or waiting at the backend, at the end of the measured time", func(r *row) *float64 { return &r.waiting }},
@@ -150,7 +208,8 @@ var rowColumns = []column[row]{
 	{"adopted", "share of synchronous orders that were answered 202, since an earlier attempt was still there: they went on as asynchronous ones", func(r *row) *float64 { return &r.adopted }},
 	{"copies", "how many times the backend saved each order; in part stall, of those since the stall", func(r *row) *float64 { return &r.copies }},
 	{"lost", "accepted orders that the backend has not saved when all is worked off", func(r *row) *float64 { return &r.lost }},
-	{"memory_mib", "most memory that the Go runtime of the gateway held", func(r *row) *float64 { return &r.memory }},
+	{"memory_mib", "most memory that the Go runtime of the gateway held, which is what GOMEMLIMIT bounds", func(r *row) *float64 { return &r.memory }},
+	{"rss_mib", "most resident memory of the gateway's process: beside the Go runtime's also what SQLite allocates from the system, and the program", func(r *row) *float64 { return &r.resident }},
 	{"goroutines", "most goroutines of the gateway", func(r *row) *float64 { return &r.goroutines }},
 	{"gc_cores", "processor time of the gateway's garbage collector per second, without what was idle anyway", func(r *row) *float64 { return &r.collector }},
 	{"gateway_cores", "processor time of the gateway per second", func(r *row) *float64 { return &r.gatewayCores }},
@@ -163,17 +222,18 @@ var rowColumns = []column[row]{
 var instantColumns = []column[instant]{
 	{"load", "orders per second of the point", func(i *instant) *float64 { return &i.load }},
 	{"t_s", "seconds since the load began, warm-up included", func(i *instant) *float64 { return &i.t }},
-	{"offered", "orders per second that clients had, by the plan", func(i *instant) *float64 { return &i.offered }},
-	{"accepted", "2xx answers per second", func(i *instant) *float64 { return &i.accepted }},
-	{"goodput", "2xx answers per second that came while the client was still waiting", func(i *instant) *float64 { return &i.goodput }},
-	{"errors", "orders per second that came to nothing", func(i *instant) *float64 { return &i.errors }},
-	{"saved", "orders per second that the backend saved", func(i *instant) *float64 { return &i.saved }},
+	{"offered", "orders per second that clients had, by the plan and the second for which they were planned", func(i *instant) *float64 { return &i.offered }},
+	{"accepted", "2xx answers per second, by the second in which they came", func(i *instant) *float64 { return &i.accepted }},
+	{"goodput", "orders per second that were answered 2xx while the client was still waiting, by the second in which the order was to be sent", func(i *instant) *float64 { return &i.goodput }},
+	{"errors", "attempts per second that failed or were refused, by the second in which they did; an order that is tried again can have several", func(i *instant) *float64 { return &i.errors }},
+	{"saved", "orders per second that the backend saved (this and all below but the latencies is sampled about once a second, and interpolated in between)", func(i *instant) *float64 { return &i.saved }},
 	{"backlog", "orders that the gateway had accepted and not saved", func(i *instant) *float64 { return &i.backlog }},
 	{"backend_waiting", "calls in service or waiting at the backend", func(i *instant) *float64 { return &i.waiting }},
 	{"goroutines", "goroutines of the gateway", func(i *instant) *float64 { return &i.goroutines }},
 	{"memory_mib", "memory that the Go runtime of the gateway held", func(i *instant) *float64 { return &i.memory }},
+	{"rss_mib", "resident memory of the gateway's process", func(i *instant) *float64 { return &i.resident }},
 	{"gc_cores", "processor time of its garbage collector per second, without what was idle anyway", func(i *instant) *float64 { return &i.collector }},
-	{"p50_ms", "median time to a 2xx answer", func(i *instant) *float64 { return &i.p50 }},
+	{"p50_ms", "median time to a 2xx answer, by the second in which it came", func(i *instant) *float64 { return &i.p50 }},
 	{"p99_ms", "99th percentile of it", func(i *instant) *float64 { return &i.p99 }},
 }
 

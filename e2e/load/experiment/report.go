@@ -166,7 +166,7 @@ func (r *result) facts() [][2]string {
 		{"machine", fmt.Sprintf("%s, %d cores, %d MiB, %s %s", m.Processor, m.Cores, m.MemoryMiB, m.System, m.Kernel)},
 		{"before the first point", fmt.Sprintf("others took %s of the processors, the hypervisor %s; timers rang %s late (99th percentile); an idle backend answered %.0f times a second; load average %s",
 			percent(m.Taken), percent(m.Stolen), m.Lag.Round(10*time.Microsecond), m.Answers, m.Load)},
-		{"gateway", "SQLite on disk, synchronous=FULL; message broker " + r.Backend},
+		{"gateway", "SQLite on disk, synchronous=FULL; message broker " + r.Broker},
 		{"measured", fmt.Sprintf("%s, runs of each point: %d (tables and checks have the median), took %s", kind, r.Runs, r.Took.Round(time.Second))},
 	}
 	if m.Taking > 0 {
@@ -196,7 +196,7 @@ func (r *result) markdown() []byte {
 		fmt.Fprintf(&text, "\n**%s**\n", remark)
 	}
 	for _, p := range r.Parts {
-		fmt.Fprintf(&text, "\n## %s\n\n%s\n", p.title, p.about)
+		fmt.Fprintf(&text, "\n## %s\n\n%s\n", p.title, p.about(r.plan))
 		for _, c := range p.charts(r.plan, p) {
 			fmt.Fprintf(&text, "\n%s\n", c.picture(""))
 		}
@@ -215,9 +215,10 @@ func (r *result) markdown() []byte {
 			fmt.Fprintf(&text, "| %s | %s | %s | %s |\n", mark, cell(v.Name), cell(v.Told()), cell(v.Expected))
 		}
 		text.WriteString("\nWhat this does not show:\n\n")
-		for _, caveat := range p.caveats {
+		for _, caveat := range p.caveats(r.plan) {
 			fmt.Fprintf(&text, "* %s\n", caveat)
 		}
+		text.WriteString("\n" + parameters(p.points(r.plan)).markdown())
 	}
 	text.WriteString("\n## Columns of the CSV files\n\nOne line for each point and run: `part`, `run`, `mode` (`sync`, `async`, `sync-limit`), `variant` (what differs from the part's main course), " +
 		"`orders` (of a closed loop), and the numbers below; `note` says why a point is not to be trusted. An empty field is a number that does not apply.\n\n")
@@ -284,13 +285,15 @@ func (r *result) html(files map[string][]byte) ([]byte, error) {
 		Footnotes   []string
 		Verdicts    []verdict
 		Caveats     []string
+		Parameters  table
 	}
 	inline := func(name string) string {
 		return "data:image/png;base64," + base64.StdEncoding.EncodeToString(files[name])
 	}
 	var sections []section
 	for _, p := range r.Parts {
-		s := section{Name: p.name, Title: p.title, About: p.about, Tables: p.tables(r.plan, p.medians), Footnotes: p.footnotes(), Verdicts: p.verdicts, Caveats: p.caveats}
+		s := section{Name: p.name, Title: p.title, About: p.about(r.plan), Tables: p.tables(r.plan, p.medians), Footnotes: p.footnotes(), Verdicts: p.verdicts, Caveats: p.caveats(r.plan),
+			Parameters: parameters(p.points(r.plan))}
 		for _, c := range p.charts(r.plan, p) {
 			s.Pictures = append(s.Pictures, picture{c.title, template.URL(inline(c.file(themes[0]))), template.Srcset(inline(c.file(themes[1])))})
 		}

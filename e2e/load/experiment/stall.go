@@ -19,14 +19,19 @@ const (
 func stall() part {
 	return part{
 		name: "stall", title: "C. A stall of three seconds, and what it leaves",
-		about: "The same backend at 80 % of its capacity stalls once, for three seconds. Clients wait one second and try up to four times in all, after pauses of about 0.3, 0.6 and 1.2 s. " +
-			"The synchronous gateway does not come back, although the load has never been above the capacity: the retries keep the queue full of orders that " +
-			"nobody waits for (a metastable failure). The asynchronous one answers on, and works the stall off.",
-		caveats: []string{
-			"Clients that wait longer between their attempts, or try less often, do less harm.",
-			"What ends such a state in practice is less load or fewer retries; here neither happens.",
-			"What is in the backend's queue when the load ends is worked off at once, with a latency of 0, to count how often each order was saved; that changes nothing about what is in it.",
-			"The limit does not save the orders of the three seconds, it refuses them; those clients try again, in vain, and leave.",
+		about: func(plan) string {
+			return "The backend of part A at 80 % of its capacity stalls once, for three seconds. Clients wait one second and try up to four times in all, after pauses of about 0.3, 0.6 and 1.2 s. " +
+				"The synchronous gateway is expected not to come back, although the load is never above the capacity: the retries keep the queue full of orders that " +
+				"nobody waits for (a metastable failure). The asynchronous one is expected to answer on, and to work the stall off."
+		},
+		caveats: func(plan) []string {
+			return []string{
+				"Clients that wait longer between their attempts, or try less often, do less harm.",
+				"What ends such a state in practice is less load or fewer retries; here neither happens.",
+				"What is in the backend's queue when the load ends is worked off at once, with a latency of 0, to count how often each order was saved; that changes nothing about what is in it.",
+				"The limit does not save the orders of the three seconds, it refuses them; those clients try again, and leave if that is in vain.",
+				"The plots over time are of the first run.",
+			}
 		},
 		points: stallPoints, judge: judgeStall, tables: stallTables, charts: stallCharts,
 	}
