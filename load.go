@@ -73,6 +73,7 @@ func loadFlags(flags *pflag.FlagSet, cfg *load.Config) {
 	flags.DurationVar(&cfg.Deadline, "deadline", cfg.Deadline, "a client leaves after this `time`; 0 = only after 30s")
 	flags.IntVar(&cfg.Retries, "retries", cfg.Retries, "further `attempts` after a timeout, a failed connection, 429 or 5xx")
 	flags.DurationVar(&cfg.RetryPause, "retry-pause", cfg.RetryPause, "`time` before the first of them, doubled for each, ±50 %; 0 = at once")
+	flags.DurationVar(&cfg.RetryPauseMax, "retry-pause-max", cfg.RetryPauseMax, "the pause is doubled up to this `time`; 0 = without end")
 	flags.IntVar(&cfg.Connections, "connections", cfg.Connections, "most open connections, 0 = as many as it takes")
 	flags.StringVar(&cfg.Prefix, "prefix", cfg.Prefix, "`text` that order numbers begin with; default drawn for every run")
 	flags.Uint64Var(&cfg.Seed, "seed", cfg.Seed, "`number` that makes poisson arrivals repeatable; 0 = drawn for every run")

@@ -25,7 +25,7 @@ func TestTheExperimentMeasuresAndWritesWhatItPromises(t *testing.T) {
 		require.Equal(t, 1, cmd.ProcessState.ExitCode(), string(text))
 		require.Contains(t, string(text), "the expected shape is not there")
 	}
-	require.Contains(t, string(text), "quick plan, 15 points")
+	require.Contains(t, string(text), "quick plan, 16 points")
 	require.Contains(t, string(text), "multiplied by 0.1")
 
 	var names []string
@@ -45,7 +45,7 @@ func TestTheExperimentMeasuresAndWritesWhatItPromises(t *testing.T) {
 	defer func() { _ = file.Close() }() // it is only read
 	lines, err := csv.NewReader(file).ReadAll()
 	require.NoError(t, err)
-	require.Len(t, lines, 1+12)
+	require.Len(t, lines, 1+13)
 	perMinute, lost := slices.Index(lines[0], "orders_per_minute"), slices.Index(lines[0], "failed")
 	for _, line := range lines[1:] {
 		require.NotEmpty(t, line[perMinute], line)

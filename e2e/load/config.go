@@ -47,6 +47,8 @@ type Config struct {
 	// RetryPause is the pause before the first further attempt; each later one is twice as long. A pause is drawn evenly
 	// from half to one and a half times that. Default 0: at once. Retry-After is not obeyed: this is the impatient client.
 	RetryPause time.Duration
+	// RetryPauseMax ends the doubling: no pause is drawn around more than that. Default 0: it goes on.
+	RetryPauseMax time.Duration
 	// Header is sent with every request, beside Content-Type: application/json, which it can replace. Default none.
 	Header http.Header
 	// Connections bounds the open connections. Orders for which none is free wait, which counts as being late.
@@ -88,6 +90,7 @@ func (c Config) Validate() error {
 	check(c.Deadline >= 0, "deadline", "0 (none) or more", c.Deadline)
 	check(c.Retries >= 0, "retries", "0 or more", c.Retries)
 	check(c.RetryPause >= 0, "retry-pause", "0 or more", c.RetryPause)
+	check(c.RetryPauseMax >= 0, "retry-pause-max", "0 (none) or more", c.RetryPauseMax)
 	check(c.Connections >= 0, "connections", "0 (no limit) or more", c.Connections)
 	check(prefixes.MatchString(c.Prefix), "prefix", "at most 40 of A-Z a-z 0-9 . _ -", fmt.Sprintf("%q", c.Prefix))
 	check(c.Size >= 0 && c.Size <= 1<<30, "size", "from 0 to 1GiB", c.Size)

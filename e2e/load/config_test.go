@@ -16,7 +16,7 @@ import (
 func TestAConfigurationTellsAllItsFaults(t *testing.T) {
 	err := load.Config{
 		URL: "localhost:8080/orders", Rate: -1, Duration: -time.Second, Arrivals: "now", Closed: -1, Orders: -1, Warmup: -1, Deadline: -1,
-		Retries: -1, RetryPause: -1, Connections: -1, Prefix: "a b", Size: -1, Body: []byte("{}"),
+		Retries: -1, RetryPause: -1, RetryPauseMax: -1, Connections: -1, Prefix: "a b", Size: -1, Body: []byte("{}"),
 		Header: http.Header{"Idempotency-Key": {"k"}},
 	}.Validate()
 	require.EqualError(t, err, strings.Join([]string{
@@ -30,6 +30,7 @@ func TestAConfigurationTellsAllItsFaults(t *testing.T) {
 		`deadline: must be 0 (none) or more, is -1ns`,
 		`retries: must be 0 or more, is -1`,
 		`retry-pause: must be 0 or more, is -1ns`,
+		`retry-pause-max: must be 0 (none) or more, is -1ns`,
 		`connections: must be 0 (no limit) or more, is -1`,
 		`prefix: must be at most 40 of A-Z a-z 0-9 . _ -, is "a b"`,
 		`size: must be from 0 to 1GiB, is -1`,

@@ -234,6 +234,22 @@ func TestTheSameOrderIsTriedAgain(t *testing.T) {
 	})
 }
 
+func TestPausesGrowToTheirLongest(t *testing.T) {
+	onFakeClock(t, func(t *testing.T) {
+		k := newKnown(t, func(k *known, w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(k.nth(r, 503, 503, 503, 503, 503, http.StatusAccepted))
+		})
+		r := run(t, k, config(func(c *load.Config) {
+			c.Rate, c.Duration, c.Retries, c.RetryPause, c.RetryPauseMax = 100, 5*time.Second, 9, 100*time.Millisecond, 300*time.Millisecond
+		}))
+		require.Equal(t, load.Orders{Offered: 500, Good: 500}, r.Orders)
+		// 100 ms, 200 ms, and three times 300 ms, each drawn evenly from half to one and a half times that.
+		requireNear(t, 1200, r.LatencyMS.Mean, "mean")
+		require.GreaterOrEqual(t, r.LatencyMS.Min, 599.9)
+		require.LessOrEqual(t, r.LatencyMS.Max, 1801.8)
+	})
+}
+
 func TestAnswersThatAreFinalAreNotTriedAgain(t *testing.T) {
 	onFakeClock(t, func(t *testing.T) {
 		k := newKnown(t, func(_ *known, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusUnprocessableEntity) })

@@ -225,7 +225,11 @@ func (g *generator) pause(ctx context.Context, n int) bool {
 	g.mu.Lock()
 	jitter := 0.5 + g.pauses.Float64()
 	g.mu.Unlock()
-	pause := min(math.Ldexp(float64(g.cfg.RetryPause), n)*jitter, float64(maxDuration)) // or it would overflow
+	longest := maxDuration // or it would overflow
+	if g.cfg.RetryPauseMax > 0 {
+		longest = min(longest, g.cfg.RetryPauseMax)
+	}
+	pause := min(math.Ldexp(float64(g.cfg.RetryPause), n), float64(longest)) * jitter
 	timer := time.NewTimer(time.Duration(pause))
 	defer timer.Stop()
 	select {

@@ -180,7 +180,8 @@ func foreign(environ []string) []string {
 }
 
 func (t *trial) loadArgs() []string {
-	args := []string{"load", "--json", "--deadline", t.deadline.String(), "--retries", strconv.Itoa(t.retries), "--retry-pause", t.pause.String()}
+	args := []string{"load", "--json", "--deadline", t.deadline.String(), "--retries", strconv.Itoa(t.retries), "--retry-pause", t.pause.String(),
+		"--retry-pause-max", t.pauseMax.String()}
 	if t.size > 0 {
 		args = append(args, "--size", strconv.Itoa(t.size)+"B")
 	}

@@ -273,6 +273,8 @@ func TestParametersOfPointsThatAreToldTheSameAreOneLine(t *testing.T) {
 		"dispatch.concurrency=25", "leave after 1s, constant arrivals", "2s + 6s"}, lines[slices.IndexFunc(lines, func(line []string) bool { return line[0] == modeAsync })])
 	lines = parameters(memoryPoints(p)).Rows
 	require.Equal(t, "GOMAXPROCS=1 GOMEMLIMIT=64MiB dispatch.concurrency=64 pubsub.gochannel.window=128", lines[0][3])
+	lines = parameters(originalPoints(p)).Rows
+	require.Equal(t, "leave after 10m0s, try again up to 100000 times, first after about 50ms, later 400ms", lines[len(lines)-1][4])
 	lines = parameters(stallPoints(p)).Rows
 	require.Equal(t, []string{"leave after 1s, try again up to 3 times, first after about 300ms, constant arrivals", "2s + 38s, stall of 3s after 7s"}, lines[0][4:])
 	lines = parameters(originalPoints(p)).Rows
@@ -476,6 +478,7 @@ func TestOriginalVerdicts(t *testing.T) {
 			sync, async := ours(line.orders, line.sync, line.async)
 			add(modeSync, "", line.orders, sync)
 			add(modeAsync, "", line.orders, async)
+			add(modeSyncLimit, "", line.orders, 0.7*async)
 		}
 		for _, n := range []int{10, 3000} {
 			add(modeSync, variantIdeal, n, idealSync*float64(n)/3000+10000)
@@ -488,7 +491,7 @@ func TestOriginalVerdicts(t *testing.T) {
 		unexpected(judgeOriginal(plan{}, measure(func(_ int, sync, async float64) (float64, float64) { return 1.3 * sync, async }, 320000))))
 	require.Equal(t, []string{"with an ideal backend, synchronous: most orders over fewest", "with an ideal backend, synchronous over asynchronous"},
 		unexpected(judgeOriginal(plan{}, measure(func(_ int, sync, async float64) (float64, float64) { return sync, async }, 0))))
-	require.Len(t, unexpected(judgeOriginal(plan{}, nil)), 5, "only the distance from the table is nothing where nothing is")
+	require.Len(t, unexpected(judgeOriginal(plan{}, nil)), 6, "only the distance from the table is nothing where nothing is")
 }
 
 func TestStallVerdicts(t *testing.T) {
@@ -526,10 +529,18 @@ func TestMemoryVerdicts(t *testing.T) {
 		}
 		return []row{add(modeSync, variantLimited, tight, collector), add(modeSync, "", 1000, 0.06), add(modeAsync, variantLimited, 1000, 0.05)}
 	}
-	require.Empty(t, unexpected(judgeMemory(plan{}, measure(500, 0.6))))
-	require.Equal(t, []string{"synchronous goodput with little memory"}, unexpected(judgeMemory(plan{}, measure(1000, 0.6))))
-	require.Equal(t, []string{"the collector's share of a core there"}, unexpected(judgeMemory(plan{}, measure(500, 0.2))))
-	require.Len(t, unexpected(judgeMemory(plan{}, nil)), 6)
+	quick, full := plan{Config: Config{Quick: true}}, plan{}
+	require.Empty(t, unexpected(judgeMemory(quick, measure(500, 0.6))))
+	require.Equal(t, []string{"synchronous goodput with little memory"}, unexpected(judgeMemory(quick, measure(1000, 0.6))))
+	require.Equal(t, []string{"the collector's share of a core there"}, unexpected(judgeMemory(quick, measure(500, 0.2))))
+	require.Len(t, unexpected(judgeMemory(quick, nil)), 6)
+	const limit = "synchronous goodput with little memory and a limit"
+	require.Equal(t, []string{limit}, unexpected(judgeMemory(full, measure(500, 0.6))), "the full experiment wants it")
+	limited := first(nil, nil)
+	limited.mode, limited.variant, limited.goodput = modeSyncLimit, variantLimited, 60
+	require.Empty(t, unexpected(judgeMemory(full, append(measure(500, 0.6), limited))))
+	limited.goodput = 40
+	require.Equal(t, []string{limit}, unexpected(judgeMemory(full, append(measure(500, 0.6), limited))))
 }
 
 func TestRunsOfAPointBecomeTheirMedian(t *testing.T) {

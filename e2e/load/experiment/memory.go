@@ -101,10 +101,10 @@ func memoryPoints(p plan) []point {
 	return points
 }
 
-func judgeMemory(_ plan, rows []row) []verdict {
+func judgeMemory(p plan, rows []row) []verdict {
 	by := func(mode, variant string) row { return first(of(rows, mode, variant), all) }
 	tight, roomy, async := by(modeSync, variantLimited), by(modeSync, ""), by(modeAsync, variantLimited)
-	return []verdict{
+	verdicts := []verdict{
 		atLeast("synchronous goodput with memory enough", roomy.goodput, 0.9*roomy.load, "/s", "90 % of the load", roomy),
 		atMost("synchronous goodput with little memory", tight.goodput, 0.7*roomy.goodput, "/s", "70 % of that", tight, roomy),
 		atLeast("the collector's share of a core there", tight.collector, 0.25, " cores", "", tight),
@@ -112,6 +112,12 @@ func judgeMemory(_ plan, rows []row) []verdict {
 		atLeast("asynchronous goodput with little memory", async.goodput, 0.95*async.load, "/s", "95 % of the load", async),
 		atMost("the collector's share of a core there", async.collector, math.Max(0.5*tight.collector, 0.1), " cores", "half of the synchronous one's", async, tight),
 	}
+	if p.Quick {
+		return verdicts
+	}
+	limited, most := by(modeSyncLimit, variantLimited), memoryWorkers/memoryLatency.Seconds()
+	return append(verdicts, atLeast("synchronous goodput with little memory and a limit", limited.goodput, 0.8*most, "/s",
+		fmt.Sprintf("80 %% of the %.0f/s that it lets through", most), limited))
 }
 
 func memoryTables(p plan, rows []row) []table {

@@ -33,6 +33,7 @@ type point struct {
 	deadline       time.Duration // of a client
 	retries        int           // of a client, beyond its first attempt
 	pause          time.Duration // before the first of them; it doubles
+	pauseMax       time.Duration // up to that, 0 = without end
 
 	backend     []string          // flags of the stand-in
 	settings    map[string]string // of the gateway, by configuration key
@@ -78,7 +79,11 @@ func (p point) parameters() []string {
 	}
 	clients := []string{"leave after " + p.deadline.String()}
 	if p.retries > 0 {
-		clients = append(clients, fmt.Sprintf("try again up to %d times, first after about %s", p.retries, p.pause))
+		pauses := p.pause.String()
+		if p.pauseMax > 0 {
+			pauses += ", later " + p.pauseMax.String()
+		}
+		clients = append(clients, fmt.Sprintf("try again up to %d times, first after about %s", p.retries, pauses))
 	}
 	if p.size > 0 {
 		clients = append(clients, fmt.Sprintf("orders of %d bytes", p.size))
