@@ -2,11 +2,14 @@ package e2e
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/csv"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -54,7 +57,33 @@ func TestTheExperimentMeasuresAndWritesWhatItPromises(t *testing.T) {
 }
 
 func TestTheExperimentTakesItsProcessesAlong(t *testing.T) {
-	out := t.TempDir()
+	for name, tc := range map[string]struct {
+		signal syscall.Signal
+		says   string
+	}{
+		"when it is told to stop": {syscall.SIGTERM, "stopped before the end; nothing was written"},
+		"when it is killed":       {syscall.SIGKILL, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			out := t.TempDir()
+			said, children := endExperiment(t, out, tc.signal)
+			require.Contains(t, said, tc.says)
+			// Who is killed has no time to wait for them.
+			eventually(t, 30*time.Second, func() bool { return !slices.ContainsFunc(children, alive) }, "processes are left of %v", children)
+			if tc.signal == syscall.SIGKILL {
+				return
+			}
+			left, err := os.ReadDir(out)
+			require.NoError(t, err)
+			require.Empty(t, left)
+		})
+	}
+}
+
+// endExperiment starts an experiment, signals it when a gateway runs, and waits for its end. It returns what the experiment
+// said, and the processes that it had then.
+func endExperiment(t *testing.T, out string, signal syscall.Signal) (text string, children []int) {
+	t.Helper()
 	cmd := exec.Command(binary(t, false), "experiment", "overload", "--quick", "--force", "--out", out)
 	progress, err := cmd.StderrPipe()
 	require.NoError(t, err)
@@ -79,16 +108,54 @@ func TestTheExperimentTakesItsProcessesAlong(t *testing.T) {
 		require.NoError(t, err)
 		return len(databases) == 1
 	}, "no gateway has started: %v", said)
-	require.NoError(t, cmd.Process.Signal(syscall.SIGTERM))
+	children = childrenOf(t, cmd.Process.Pid)
+	require.GreaterOrEqual(t, len(children), 2, "the backend and the gateway")
+	require.NoError(t, cmd.Process.Signal(signal))
 	for lines.Scan() {
 		said = append(said, lines.Text())
 	}
-	// The end of its standard error is the end of all who write to it, and of it.
 	err, ended = cmd.Wait(), true
 	require.Error(t, err)
-	require.Equal(t, 1, cmd.ProcessState.ExitCode())
-	require.Contains(t, strings.Join(said, "\n"), "stopped before the end; nothing was written")
-	left, err := os.ReadDir(out)
-	require.NoError(t, err)
-	require.Empty(t, left)
+	if signal == syscall.SIGTERM {
+		require.Equal(t, 1, cmd.ProcessState.ExitCode())
+	}
+	return strings.Join(said, "\n"), children
+}
+
+// childrenOf finds the processes that a process has started.
+func childrenOf(t *testing.T, pid int) []int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		t.Skip("what processes there are only Linux tells in /proc")
+	}
+	var children []int
+	for _, entry := range entries {
+		child, err := strconv.Atoi(entry.Name())
+		if err != nil {
+			continue
+		}
+		if _, parent := processState(child); parent == pid {
+			children = append(children, child)
+		}
+	}
+	return children
+}
+
+// alive is false as well of a process that has ended and is still to be waited for, which may be nobody's business.
+func alive(pid int) bool {
+	state, _ := processState(pid)
+	return state != "" && state != "Z" && state != "X"
+}
+
+// processState reads the state and the parent of a process; they are empty if it is gone.
+func processState(pid int) (state string, parent int) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return "", 0
+	}
+	// The name before them is in brackets, and can have anything in it.
+	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	parent, _ = strconv.Atoi(fields[1]) // the kernel writes a number
+	return fields[0], parent
 }

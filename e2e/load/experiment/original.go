@@ -203,8 +203,8 @@ func originalCharts(_ plan, r partResult) []chart {
 				{label: "sync", colour: modeSync, points: r.curve(modeSync, "", orders, perMinute)},
 				{label: "sync, original", colour: modeSync, dashed: true, points: sync},
 				{label: "async, 16 workers", colour: modeAsync, points: r.curve(modeAsync, "", orders, perMinute)},
-				{label: fmt.Sprintf("sync with a limit of %d", originalWorkers), colour: modeSyncLimit, points: r.curve(modeSyncLimit, "", orders, perMinute)},
 				{label: "async, original", colour: modeAsync, dashed: true, points: async},
+				{label: fmt.Sprintf("sync with a limit of %d", originalWorkers), colour: modeSyncLimit, points: r.curve(modeSyncLimit, "", orders, perMinute)},
 			}},
 		{name: "original-ideal", title: "Orders saved a minute, ideal backend", x: "orders sent, at most 1,000 at once (logarithmic)", y: "orders/min (logarithmic)", logX: true, logY: true,
 			lines: []line{

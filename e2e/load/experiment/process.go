@@ -36,6 +36,7 @@ func start(ctx context.Context, binary string, environ []string, args ...string)
 	p.cmd.Env = environ
 	p.cmd.Stdout = &p.stdout
 	p.cmd.WaitDelay = 5 * time.Second
+	dieWithUs(p.cmd)
 	logs, err := p.cmd.StderrPipe()
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", p.name, err)
