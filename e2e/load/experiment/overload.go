@@ -63,6 +63,7 @@ func caveatsOverload(p plan) []string {
 		"A limit prevents the collapse as well, without any queue. What the queue adds is that the excess orders are kept, instead of refused.",
 		assumption,
 		"All processes share one machine; the deadline, the 50 ms and the workers are chosen, not found in a real system.",
+		"The plot over time is of the first run.",
 	}
 }
 
