@@ -322,7 +322,7 @@ func testOrdersAreListedInPages(t *testing.T, h home) {
 		g.accept(t, fmt.Sprintf("late-%d", len(got)))
 	}
 	require.Equal(t, want, got, "new orders do not disturb the pages")
-	for _, q := range []string{"limit=0", "limit=501", "limit=x", "status=lost", "cursor=zzz"} {
+	for _, q := range []string{"limit=0", "limit=501", "limit=x", "status=lost", "cursor=zzz", "limit=1;status=saved", "orderNumber=%zz", "limit=1&limit=2"} {
 		do(t, http.MethodGet, g.url+"/orders?"+q, "", nil).problem(t, http.StatusBadRequest, "invalid-query")
 	}
 }

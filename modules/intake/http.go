@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"mime"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -365,27 +366,33 @@ func (m *Module) listOrders(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	q.owner = httpserver.ClientName(r.Context())
-	limit := q.limit
-	q.limit++ // one more tells whether there is a next page
-	orders, err := m.store.list(r.Context(), q)
-	if err != nil {
+	found, err := m.list(r.Context(), q)
+	switch {
+	case err == nil:
+	case r.Context().Err() != nil: // which is why, and nothing to log
+		m.refuse(w, r, problemUnread())
+		return
+	case errors.Is(err, errTooSlow):
+		m.logger.WarnContext(r.Context(), "a list took too long", "client", q.owner, "status", q.status, "by_number", q.number != "", "limit", q.limit)
+		m.refuse(w, r, problemListTooSlow())
+		return
+	default:
 		m.failed(w, r, "list orders", err)
 		return
 	}
-	page := struct {
+	answer := struct {
 		Orders []resource `json:"orders"`
 		Next   *string    `json:"next"`
 	}{Orders: []resource{}}
-	if len(orders) > limit {
-		orders = orders[:limit]
-		next := encodeCursor(orders[limit-1].ID)
-		page.Next = &next
+	if found.next != uuid.Nil {
+		next := encodeCursor(found.next)
+		answer.Next = &next
 	}
-	for _, o := range orders {
+	for _, o := range found.orders {
 		res, _ := m.expect(o)
-		page.Orders = append(page.Orders, res)
+		answer.Orders = append(answer.Orders, res)
 	}
-	httpserver.WriteJSON(w, r, http.StatusOK, page)
+	httpserver.WriteJSON(w, r, http.StatusOK, answer)
 }
 
 func parseQuery(r *http.Request) (query, *httpserver.Problem) {
@@ -393,7 +400,16 @@ func parseQuery(r *http.Request) (query, *httpserver.Problem) {
 		p := problemQuery(name, detail)
 		return query{}, &p
 	}
-	values := r.URL.Query()
+	// URL.Query leaves out what it cannot read: a list without its filter.
+	values, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return bad("what follows the question mark", err.Error())
+	}
+	for _, name := range []string{"status", "orderNumber", "limit", "cursor"} {
+		if len(values[name]) > 1 {
+			return bad(name, "must not be given more than once")
+		}
+	}
 	q := query{status: contract.Status(values.Get("status")), number: values.Get("orderNumber"), limit: listDefault}
 	if q.status != "" && !known(q.status) {
 		return bad("status", "must be accepted, retrying, saved, rejected or dead")

@@ -94,6 +94,7 @@ type Module struct {
 	checks  *semaphore.Weighted // large bodies that are being checked
 	direct  *semaphore.Weighted // POST /orders/sync under way, nil without a limit
 	batches *semaphore.Weighted // POST /orders/batch under way
+	lists   *semaphore.Weighted // GET /orders that are being read
 }
 
 // Open opens the store, brings it up to date, and makes every order due that
@@ -117,6 +118,7 @@ func newModule(ctx context.Context, cfg Config, storeCfg StoreConfig, retry Retr
 		cfg: cfg, retry: retry, retention: storeCfg.Retention, deps: deps, logger: deps.Logger, store: s,
 		bodies: semaphore.NewWeighted(max(maxBodies, int64(cfg.MaxBody))),
 		checks: semaphore.NewWeighted(maxChecks), batches: semaphore.NewWeighted(maxBatches),
+		lists: semaphore.NewWeighted(maxLists),
 	}
 	m.backlog.limit, m.backlog.backlog = int64(cfg.MaxBacklog), func() int64 { return backlogOf(s.counts()) }
 	if cfg.SyncLimit > 0 {

@@ -201,25 +201,38 @@ func (s *memoryStore) get(_ context.Context, id uuid.UUID) (*order, error) {
 	return withoutBody(o), nil
 }
 
-func (s *memoryStore) list(_ context.Context, q query) ([]*order, error) {
+func (s *memoryStore) list(_ context.Context, q query) (found page, err error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	var found []*order
-	visit := func(id string, o *order) bool {
-		if q.before != uuid.Nil && bytes.Equal([]byte(id), q.before[:]) {
-			return true
+	s.below(q, func(o *order) bool {
+		if bytes.Compare(o.ID[:], q.floor[:]) < 0 {
+			return false
 		}
 		if o.Owner == q.owner && (q.status == "" || o.Status == q.status) && (q.number == "" || o.Number == q.number) {
-			found = append(found, withoutBody(o))
+			return found.take(withoutBody(o), q.limit)
 		}
-		return len(found) < q.limit
-	}
-	if q.before == uuid.Nil {
-		s.orders.Reverse(visit)
-	} else {
-		s.orders.Descend(string(q.before[:]), visit)
-	}
+		return true
+	})
 	return found, nil
+}
+
+func (s *memoryStore) floor(_ context.Context, q query, n int) (floor uuid.UUID, err error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	s.below(q, func(o *order) bool {
+		if n--; n == 0 {
+			floor = o.ID
+		}
+		return n > 0
+	})
+	return floor, nil
+}
+
+// below visits the orders before q.before, newest first, until visit returns
+// false.
+func (s *memoryStore) below(q query, visit func(*order) bool) {
+	below := string(q.below())
+	s.orders.Descend(below, func(id string, o *order) bool { return id == below || visit(o) })
 }
 
 func (s *memoryStore) claim(_ context.Context, now, _ time.Time, limit, size int, skip func(uuid.UUID) bool) ([]*order, error) {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"sluice/modules/contract"
 	"sluice/platform/database"
@@ -145,48 +146,72 @@ func (s *postgresStore) get(ctx context.Context, id uuid.UUID) (o *order, err er
 	return o, nil
 }
 
-func (s *postgresStore) list(ctx context.Context, q query) (found []*order, err error) {
+func (s *postgresStore) list(ctx context.Context, q query) (found page, err error) {
 	statement, args := postgresList(q)
 	err = s.db.Read(ctx, func(ctx context.Context, conn *pgx.Conn) error {
-		found, err = collectPostgres(conn.Query(ctx, statement, args...))
+		orders, err := collectPostgres(conn.Query(ctx, statement, args...))
+		found = page{}
+		for _, o := range orders {
+			if !found.take(o, q.limit) {
+				break
+			}
+		}
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("list orders: %w", err)
+		return page{}, postgresListError(err)
 	}
 	return found, nil
 }
 
-// postgresList builds the statement for a list. It repeats what the partial
-// indexes hold, so that the planner sees which one fits.
+func (s *postgresStore) floor(ctx context.Context, q query, n int) (floor uuid.UUID, err error) {
+	statement, args := postgresFloor(q, n)
+	err = s.db.Read(ctx, func(ctx context.Context, conn *pgx.Conn) error {
+		return conn.QueryRow(ctx, statement, args...).Scan((*[16]byte)(&floor))
+	})
+	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		return uuid.Nil, postgresListError(err)
+	}
+	return floor, nil
+}
+
+// postgresCanceled is the condition query_canceled: the time of the statement
+// was over.
+const postgresCanceled = "57014"
+
+func postgresListError(err error) error {
+	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Code == postgresCanceled {
+		err = errors.Join(errTooSlow, err)
+	}
+	return fmt.Errorf("list orders: %w", err)
+}
+
+// postgresList builds the statement for a page. The server sends all that is
+// asked for, used or not; so the statement ends, as the page does, with the order
+// that does not fit any more: the first one with a full page before the one in
+// front of it.
 func postgresList(q query) (statement string, args []any) {
-	var where []string
-	add := func(condition string, value any) {
-		args = append(args, value)
-		where = append(where, fmt.Sprintf(condition, len(args)))
+	q.number, _ = indexable(q.number)
+	newest, args := q.pageStatement(postgresColumns)
+	return numbered(fmt.Sprintf(`SELECT %[1]s FROM (
+			SELECT %[1]s, sum(coalesce(octet_length(backend_body), 0) + coalesce(octet_length(problem), 0))
+				OVER (ORDER BY id DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 2 PRECEDING) AS ahead
+			FROM (%[2]s) AS newest) AS weighed
+		WHERE coalesce(ahead, 0) < %[3]d ORDER BY id DESC`, postgresColumns, newest, pageBytes)), args
+}
+
+func postgresFloor(q query, n int) (statement string, args []any) {
+	statement, args = q.floorStatement(n)
+	return numbered(statement), args
+}
+
+// numbered names the parameters ? of a statement as PostgreSQL does: $1, $2.
+func numbered(statement string) string {
+	parts := strings.Split(statement, "?")
+	for i := range parts[1:] {
+		parts[i] += fmt.Sprintf("$%d", i+1)
 	}
-	add("owner = $%d", q.owner)
-	if q.owner != "" {
-		where = append(where, "owner <> ''")
-	}
-	if q.status != "" {
-		add("status = $%d", string(q.status))
-	}
-	switch q.status {
-	case contract.StatusAccepted, contract.StatusRetrying:
-		where = append(where, "finished_at IS NULL")
-	case contract.StatusRejected, contract.StatusDead:
-		where = append(where, "status IN ('rejected', 'dead')")
-	}
-	if q.number != "" {
-		number, _ := indexable(q.number)
-		add("number = $%d", number)
-	}
-	if q.before != uuid.Nil {
-		add("id < $%d", [16]byte(q.before))
-	}
-	args = append(args, q.limit)
-	return postgresSelect + `WHERE ` + strings.Join(where, " AND ") + fmt.Sprintf(` ORDER BY id DESC LIMIT $%d`, len(args)), args
+	return strings.Join(parts, "")
 }
 
 // claim locks the longest due orders that nobody else is claiming, chooses, and

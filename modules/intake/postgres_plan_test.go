@@ -34,7 +34,14 @@ FROM (SELECT i, timestamptz '2026-01-02 03:04:05Z' + i * interval '1 millisecond
 func postgresPlans() []struct{ name, index, statement string } {
 	list := func(q query) string {
 		q.limit = 50
+		if q.number == "" {
+			q.before, q.floor = uuid.Max, uuid.UUID{1}
+		}
 		statement, _ := postgresList(q)
+		return statement
+	}
+	floor := func(q query) string {
+		statement, _ := postgresFloor(q, listReach)
 		return statement
 	}
 	return []struct{ name, index, statement string }{
@@ -55,13 +62,20 @@ func postgresPlans() []struct{ name, index, statement string } {
 		{"holder by number", "orders_number", postgresHolders},
 		{"holder by key", "orders_key", postgresHolders},
 		{"list", "orders_pkey", list(query{})},
-		{"list from a page on", "orders_pkey", list(query{before: uuid.Max})},
 		{"list of an owner", "orders_owner", list(query{owner: "rare"})},
+		{"list of an owner's saved", "orders_owner", list(query{owner: "rare", status: contract.StatusSaved})},
 		{"list of a number", "orders_number", list(query{number: "N-1"})},
+		{"list of a number and a status", "orders_number", list(query{owner: "rare", number: "N-1", status: contract.StatusSaved})},
 		{"list of the waiting", "orders_waiting", list(query{status: contract.StatusAccepted})},
-		{"list of the retried", "orders_waiting", list(query{status: contract.StatusRetrying, before: uuid.Max})},
+		{"list of an owner's waiting", "orders_waiting", list(query{owner: "rare", status: contract.StatusAccepted})},
+		{"list of the retried", "orders_waiting", list(query{status: contract.StatusRetrying})},
 		{"list of the dead", "orders_failed", list(query{status: contract.StatusDead})},
 		{"list of the saved", "orders_pkey", list(query{status: contract.StatusSaved})},
+		{"floor", "orders_pkey", floor(query{})},
+		{"floor of an owner", "orders_owner", floor(query{owner: "rare"})},
+		{"floor of the waiting", "orders_waiting", floor(query{owner: "rare", status: contract.StatusAccepted})},
+		{"floor of the dead", "orders_failed", floor(query{owner: "rare", status: contract.StatusDead})},
+		{"floor of the saved", "orders_pkey", floor(query{status: contract.StatusSaved})},
 	}
 }
 
@@ -85,13 +99,14 @@ func TestPostgresReadsNoMoreThanItNeeds(t *testing.T) {
 	due, err := s.claim(t.Context(), now(), now().Add(time.Minute), 300, 1<<20, skipNone)
 	require.NoError(t, err)
 	require.Len(t, due, 300)
-	for _, q := range []query{{}, {owner: "rare"}, {number: "N-77"}, {status: contract.StatusDead}} {
+	for _, q := range []query{{}, {owner: "rare"}, {number: "N-77"}, {status: contract.StatusDead},
+		{status: contract.StatusSaved}, {owner: "rare", status: contract.StatusSaved}} {
 		q.limit = 50
 		found, err := s.list(t.Context(), q)
 		require.NoError(t, err)
-		require.NotEmpty(t, found)
+		require.NotEmpty(t, found.orders)
 	}
-	t.Log("one claim of 300 and four lists:", time.Since(began))
+	t.Log("one claim of 300 and six lists:", time.Since(began))
 }
 
 func explainAll(t *testing.T, s *postgresStore, state string) {
@@ -100,6 +115,11 @@ func explainAll(t *testing.T, s *postgresStore, state string) {
 		plan := explainPostgres(t, s.db, p.statement)
 		require.Contains(t, plan, p.index, "%s, %s:\n%s", p.name, state, plan)
 		require.NotContains(t, plan, "Seq Scan", "%s, %s:\n%s", p.name, state, plan)
+	}
+	for _, p := range postgresPlans() {
+		if strings.HasPrefix(p.name, "list of the") || strings.HasPrefix(p.name, "floor") {
+			require.NotContains(t, explainPostgres(t, s.db, p.statement), "Sort", "%s, %s", p.name, state)
+		}
 	}
 	// A claim stops when it has enough: it never sorts all that is due.
 	require.NotContains(t, explainPostgres(t, s.db, postgresDueLocked), "Sort", state)

@@ -468,7 +468,7 @@ func TestPostgresTakesTextsThatItCannotHold(t *testing.T) {
 		require.Equal(t, number, repeat.found.Number)
 		found, err := one.list(t.Context(), query{number: number, limit: 10})
 		require.NoError(t, err)
-		require.Equal(t, []uuid.UUID{o.ID}, ids(found))
+		require.Equal(t, []uuid.UUID{o.ID}, ids(found.orders))
 		update(t, one, o.ID, func(o *order) verdict {
 			o.BackendType, o.BackendBody, o.Problem = "text/\xff\x00", []byte("\x00\xff"), []byte("\x00\xff")
 			o.History = append(o.History, attempt{Error: "\x00\xff"})

@@ -100,6 +100,12 @@ func problemUnread() httpserver.Problem {
 		Detail: "send the request again later"}
 }
 
+func problemListTooSlow() httpserver.Problem {
+	p := problemUnread()
+	p.Title, p.Detail = "The list took too long", "ask for an orderNumber or a smaller limit, or send the request again later"
+	return p
+}
+
 // problemSyncUnknown answers POST /orders/sync when the backend was called and
 // its answer could not be stored.
 func problemSyncUnknown(o *order) httpserver.Problem {

@@ -480,51 +480,47 @@ func (s *sqliteStore) get(ctx context.Context, id uuid.UUID) (*order, error) {
 	return o, nil
 }
 
-func (s *sqliteStore) list(ctx context.Context, q query) ([]*order, error) {
-	where, args := []string{"owner=?"}, []any{q.owner}
-	add := func(condition string, values ...any) {
-		where = append(where, condition)
-		args = append(args, values...)
-	}
-	if q.owner != "" && q.number == "" && (q.status == "" || q.status == contract.StatusSaved) {
-		// Says what orders_owner holds, so that the planner sees that it fits.
-		// Elsewhere other indexes fit better, and it would take this one.
-		add("owner<>''")
-	}
-	switch {
-	case q.status == "":
-	case q.status.Final():
-		add("status=?", string(q.status))
-	default:
-		// Likewise for orders_waiting.
-		add("status=? AND finished_at IS NULL", string(q.status))
-	}
-	if q.status == contract.StatusRejected || q.status == contract.StatusDead {
-		add("status IN ('rejected', 'dead')") // and for orders_failed
-	}
-	if q.number != "" {
-		add("number=?", q.number)
-	}
-	if q.before != uuid.Nil {
-		add("id<?", q.before[:])
-	}
-	rows, err := s.db.Read.QueryContext(ctx, selectOrder+`WHERE `+strings.Join(where, " AND ")+` ORDER BY id DESC LIMIT ?`, append(args, q.limit)...)
+func (s *sqliteStore) list(ctx context.Context, q query) (found page, err error) {
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
+	defer cancel()
+	statement, args := q.pageStatement(orderColumns)
+	rows, err := s.db.Read.QueryContext(ctx, statement, args...)
 	if err != nil {
-		return nil, fmt.Errorf("list orders: %w", err)
+		return page{}, sqliteListError(ctx, err)
 	}
 	defer rows.Close()
-	var found []*order
 	for rows.Next() {
 		o, err := scanOrder(rows)
 		if err != nil {
-			return nil, fmt.Errorf("list orders: %w", err)
+			return page{}, sqliteListError(ctx, err)
 		}
-		found = append(found, o)
+		if !found.take(o, q.limit) {
+			return found, nil
+		}
 	}
 	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("list orders: %w", err)
+		return page{}, sqliteListError(ctx, err)
 	}
 	return found, nil
+}
+
+func (s *sqliteStore) floor(ctx context.Context, q query, n int) (floor uuid.UUID, err error) {
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
+	defer cancel()
+	statement, args := q.floorStatement(n)
+	var id []byte
+	if err := s.db.Read.QueryRowContext(ctx, statement, args...).Scan(&id); err != nil && !errors.Is(err, sql.ErrNoRows) {
+		return uuid.Nil, sqliteListError(ctx, err)
+	}
+	copy(floor[:], id)
+	return floor, nil
+}
+
+func sqliteListError(ctx context.Context, err error) error {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		err = errors.Join(errTooSlow, err)
+	}
+	return fmt.Errorf("list orders: %w", err)
 }
 
 // claim first looks through the index of due orders, which is cheap even where

@@ -2,7 +2,7 @@ package intake
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"log/slog"
 	"time"
 
@@ -29,8 +29,14 @@ type store interface {
 	holds(ctx context.Context, o *order) (bool, error)
 	// get returns the order without its body, or errNotFound.
 	get(ctx context.Context, id uuid.UUID) (*order, error)
-	// list returns at most q.limit orders without bodies, newest first.
-	list(ctx context.Context, q query) ([]*order, error)
+	// list returns orders without bodies, newest first: at most q.limit, and no
+	// more once the page is full (pageBytes), but at least one if there is one.
+	// It loads hardly more than that.
+	list(ctx context.Context, q query) (page, error)
+	// floor returns the id of the n-th order that list looks at when it is asked
+	// for no number, or uuid.Nil if it looks at fewer. With that as q.floor it
+	// looks at no more.
+	floor(ctx context.Context, q query, n int) (uuid.UUID, error)
 
 	// claim returns orders that the relay is to publish at time now, with their
 	// bodies and all else that their messages are made of, longest due first,
@@ -151,21 +157,16 @@ type mark struct {
 	dead     bool // the news: a replay makes the order due and counts no attempt
 }
 
-// query selects orders for a list.
-type query struct {
-	owner  string
-	status contract.Status // "" = any
-	number string          // "" = any
-	before uuid.UUID       // only older ones; uuid.Nil = from the newest on
-	limit  int
-}
-
 // statusPurged stands in the counts for orders that are not there any more. With
 // them, the counts tell how many orders have been accepted and finished.
 const statusPurged contract.Status = "purged"
 
-// errNotFound is returned by store.get.
-var errNotFound = fmt.Errorf("no such order")
+var (
+	// errNotFound is returned by store.get.
+	errNotFound = errors.New("no such order")
+	// errTooSlow is returned by store.list and store.floor after listTimeout.
+	errTooSlow = errors.New("took too long")
+)
 
 // openStore opens the store that the configuration names.
 func openStore(ctx context.Context, cfg StoreConfig, logger *slog.Logger) (store, error) {

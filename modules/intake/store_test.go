@@ -1,6 +1,7 @@
 package intake
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -367,7 +368,8 @@ var storeSuite = map[string]func(*testing.T, store){
 				q.owner, q.limit = owner, 100
 				page, err := s.list(t.Context(), q)
 				require.NoError(t, err)
-				return ids(page)
+				require.Zero(t, page.next)
+				return ids(page.orders)
 			}
 			require.Equal(t, mine, list(query{}))
 			for i, id := range mine {
@@ -381,7 +383,7 @@ var storeSuite = map[string]func(*testing.T, store){
 				require.Equal(t, []uuid.UUID{mine[4-i], mine[9-i]}, list(query{status: status}))
 			}
 		}
-		require.Empty(t, func() []*order { page, _ := s.list(t.Context(), query{owner: "nobody", limit: 10}); return page }())
+		require.Empty(t, func() []*order { page, _ := s.list(t.Context(), query{owner: "nobody", limit: 10}); return page.orders }())
 	},
 	"finds the holder of a key before that of a number": func(t *testing.T, s store) {
 		byKey, byNumber, both := testOrder("A-1"), testOrder("A-2"), testOrder("A-2")
@@ -408,7 +410,7 @@ var storeSuite = map[string]func(*testing.T, store){
 		require.Equal(t, second.ID, c.found.ID)
 		found, err := s.list(t.Context(), query{number: "A-1", limit: 10})
 		require.NoError(t, err)
-		require.Len(t, found, 2, "the list shows all that ever had the number")
+		require.Len(t, found.orders, 2, "the list shows all that ever had the number")
 	},
 	"gives a direct order to the second client that sends it": func(t *testing.T, s store) {
 		direct := testOrder("A-1")
@@ -676,11 +678,12 @@ var storeSuite = map[string]func(*testing.T, store){
 		for q := (query{limit: 3}); ; {
 			page, err := s.list(t.Context(), q)
 			require.NoError(t, err)
-			if len(page) == 0 {
+			seen = append(seen, ids(page.orders)...)
+			if page.next == uuid.Nil {
 				break
 			}
-			seen = append(seen, ids(page)...)
-			q.before = page[len(page)-1].ID
+			require.Len(t, page.orders, q.limit)
+			q.before = page.next
 			insertOrders(t, s, testOrder("")) // newer ones do not disturb the pages
 		}
 		require.Equal(t, all, seen)
@@ -689,14 +692,93 @@ var storeSuite = map[string]func(*testing.T, store){
 			update(t, s, all[i], func(o *order) verdict { o.Status = status; return save })
 			page, err := s.list(t.Context(), query{status: status, limit: 10})
 			require.NoError(t, err)
-			require.Equal(t, []uuid.UUID{all[i]}, ids(page), status)
+			require.Equal(t, []uuid.UUID{all[i]}, ids(page.orders), status)
 		}
 		page, err := s.list(t.Context(), query{number: "A-3", limit: 10})
 		require.NoError(t, err)
-		require.Equal(t, all[3:4], ids(page))
+		require.Equal(t, all[3:4], ids(page.orders))
 		page, err = s.list(t.Context(), query{owner: "you", limit: 10})
 		require.NoError(t, err)
-		require.Equal(t, []uuid.UUID{other.ID}, ids(page))
+		require.Equal(t, []uuid.UUID{other.ID}, ids(page.orders))
+	},
+	"fills a page with no more than its bytes, and gives every order once": func(t *testing.T, s store) {
+		var all []uuid.UUID
+		for i := range 9 {
+			o := testOrder("")
+			insertOrders(t, s, o)
+			update(t, s, o.ID, func(o *order) verdict {
+				o.BackendStatus, o.BackendBody = 422, bytes.Repeat([]byte("x"), pageBytes/4)
+				o.Problem = bytes.Repeat([]byte("y"), pageBytes/4)
+				if i == 4 {
+					o.Problem = bytes.Repeat([]byte("y"), 2*pageBytes)
+				}
+				return finishAs(contract.StatusRejected)(o)
+			})
+			all = append([]uuid.UUID{o.ID}, all...)
+		}
+		var pages []int
+		var seen []uuid.UUID
+		for q := (query{status: contract.StatusRejected, limit: 500}); ; {
+			found, err := findPage(t.Context(), s, q, listReach)
+			require.NoError(t, err)
+			pages = append(pages, len(found.orders))
+			seen = append(seen, ids(found.orders)...)
+			if q.before = found.next; q.before == uuid.Nil {
+				break
+			}
+		}
+		require.Equal(t, all, seen)
+		require.Equal(t, []int{2, 2, 1, 2, 2}, pages)
+	},
+	"looks at a bounded number of orders for a page, and gives every order once": func(t *testing.T, s store) {
+		const reach = 4
+		wanted := []query{{owner: "me"}, {owner: "me", status: contract.StatusSaved}, {status: contract.StatusSaved}, {owner: "me", status: contract.StatusAccepted},
+			{owner: "me", status: contract.StatusRejected}, {owner: "nobody", status: contract.StatusDead}, {}}
+		want := make([][]uuid.UUID, len(wanted))
+		statuses := contract.Statuses()
+		for i := range 40 {
+			o := testOrder("")
+			o.Owner = []string{"", "", "you", "me"}[i/3%4]
+			insertOrders(t, s, o)
+			status := statuses[i%len(statuses)]
+			if i > 30 {
+				status = contract.StatusAccepted
+			}
+			if status.Final() {
+				update(t, s, o.ID, finishAs(status))
+			}
+			if status == contract.StatusRetrying {
+				update(t, s, o.ID, func(o *order) verdict { o.Status = status; return save })
+			}
+			for j, q := range wanted {
+				if q.owner == o.Owner && (q.status == "" || q.status == status) {
+					want[j] = append([]uuid.UUID{o.ID}, want[j]...)
+				}
+			}
+		}
+		for j, q := range wanted {
+			q.limit = 3
+			var seen []uuid.UUID
+			for {
+				found, err := findPage(t.Context(), s, q, reach)
+				require.NoError(t, err)
+				require.LessOrEqual(t, len(found.orders), q.limit)
+				seen = append(seen, ids(found.orders)...)
+				if found.next == uuid.Nil {
+					break
+				}
+				before := q.before
+				q.before = found.next
+				looked, err := s.floor(t.Context(), query{owner: q.owner, status: q.status, before: before}, reach)
+				require.NoError(t, err)
+				require.LessOrEqual(t, looked.String(), found.next.String(), "%+v: a page reached further than it may", q)
+			}
+			require.Equal(t, want[j], seen, "%+v", q)
+		}
+		found, err := findPage(t.Context(), s, query{owner: "nobody", status: contract.StatusDead, limit: 3}, reach)
+		require.NoError(t, err)
+		require.Empty(t, found.orders)
+		require.NotZero(t, found.next, "the dead of the others are more than one page may look at")
 	},
 	"purges what finished long ago and nothing else": func(t *testing.T, s store) {
 		old, older, fresh, waiting := testOrder("A"), testOrder("B"), testOrder("C"), testOrder("D")
@@ -724,7 +806,7 @@ var storeSuite = map[string]func(*testing.T, store){
 		}
 		left, err := s.list(t.Context(), query{limit: 10})
 		require.NoError(t, err)
-		require.ElementsMatch(t, []uuid.UUID{fresh.ID, waiting.ID}, ids(left))
+		require.ElementsMatch(t, []uuid.UUID{fresh.ID, waiting.ID}, ids(left.orders))
 		require.Equal(t, map[contract.Status]int64{contract.StatusAccepted: 1, contract.StatusSaved: 1, statusPurged: 2}, nonZero(s.counts()))
 		insertOrders(t, s, testOrder("A"))
 	},
