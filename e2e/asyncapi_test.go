@@ -44,7 +44,7 @@ func listen(t *testing.T, h home) *listener {
 	}
 	text, err := os.ReadFile("../docs/asyncapi.yaml")
 	require.NoError(t, err)
-	l.schemas, err = schemasOf(text, "file:///asyncapi.yaml")
+	l.schemas, err = schemasOf(text, "file:///asyncapi.yaml", jsonschema.Draft7)
 	require.NoError(t, err)
 	return l
 }

@@ -63,14 +63,14 @@ func openContract(file string) *document {
 		public: map[string]bool{}, admin: map[string]bool{}, bodies: map[string]int{}, compiled: map[string]*jsonschema.Schema{}}
 	text, err := os.ReadFile(file)
 	must(err)
-	d.compiler, err = schemasOf(text, contractURL)
+	d.compiler, err = schemasOf(text, contractURL, jsonschema.Draft2020)
 	must(err)
 	return d
 }
 
 // schemasOf compiles the schemas within a document in YAML, which is known by
-// the URL.
-func schemasOf(text []byte, url string) (*jsonschema.Compiler, error) {
+// the URL and writes them in that dialect.
+func schemasOf(text []byte, url string, dialect *jsonschema.Draft) (*jsonschema.Compiler, error) {
 	var value any
 	if err := yaml.Unmarshal(text, &value); err != nil {
 		return nil, err
@@ -83,7 +83,7 @@ func schemasOf(text []byte, url string) (*jsonschema.Compiler, error) {
 		return nil, err
 	}
 	compiler := jsonschema.NewCompiler()
-	compiler.DefaultDraft(jsonschema.Draft2020)
+	compiler.DefaultDraft(dialect)
 	compiler.AssertFormat()
 	return compiler, compiler.AddResource(url, value)
 }

@@ -83,7 +83,7 @@ func testOrdersOfAnotherShape(t *testing.T, h home) {
 func requireDescribed(t *testing.T, g *gateway, good, bad string) {
 	t.Helper()
 	a := do(t, http.MethodGet, g.url+"/openapi.yaml", "", nil)
-	schemas, err := schemasOf(a.body, "file:///served.yaml")
+	schemas, err := schemasOf(a.body, "file:///served.yaml", jsonschema.Draft2020)
 	require.NoError(t, err)
 	schema, err := schemas.Compile("file:///served.yaml#/components/schemas/Order")
 	require.NoError(t, err)

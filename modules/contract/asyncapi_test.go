@@ -63,10 +63,31 @@ func openAsyncAPI(t *testing.T) asyncAPI {
 	}
 	value, err = jsonschema.UnmarshalJSON(bytes.NewReader(text))
 	require.NoError(t, err)
-	api.compiler.DefaultDraft(jsonschema.Draft2020)
+	requireLoneRefs(t, "", value)
+	// The dialect of AsyncAPI's schemas is a superset of it.
+	api.compiler.DefaultDraft(jsonschema.Draft7)
 	api.compiler.AssertFormat()
 	require.NoError(t, api.compiler.AddResource("file:///asyncapi.yaml", value))
 	return api
+}
+
+// requireLoneRefs finds members beside a reference. Draft 7 says to pass over
+// them (section 8.3), and so the tools do.
+func requireLoneRefs(t *testing.T, place string, value any) {
+	t.Helper()
+	switch value := value.(type) {
+	case map[string]any:
+		if _, ok := value["$ref"]; ok {
+			require.Len(t, value, 1, "%s has members beside its $ref", place)
+		}
+		for name, member := range value {
+			requireLoneRefs(t, place+"/"+name, member)
+		}
+	case []any:
+		for i, element := range value {
+			requireLoneRefs(t, place+"/"+strconv.Itoa(i), element)
+		}
+	}
 }
 
 // check holds a message against the document.
