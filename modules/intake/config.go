@@ -121,7 +121,8 @@ func errUnknownDriver(name string) error {
 // that is where a reader of the configuration looks for them; intake owns the
 // schedule, so that a waiting order holds no slot of dispatch.
 type RetryConfig struct {
-	// MaxAttempts is how often an order is tried before it is dead.
+	// MaxAttempts is how often an order is tried before it is dead. At most
+	// 10,000: an order remembers all of them.
 	MaxAttempts int `koanf:"max_attempts"`
 	// RetryInitial is the upper end of the first pause; it doubles with every
 	// further one.
@@ -129,6 +130,10 @@ type RetryConfig struct {
 	// RetryMax caps the doubling.
 	RetryMax time.Duration `koanf:"retry_max"`
 }
+
+// attemptsMost bounds what an order remembers of its attempts, some hundred
+// bytes of each.
+const attemptsMost = 10_000
 
 // DefaultRetryConfig returns the settings that hold where nothing else is said.
 func DefaultRetryConfig() RetryConfig {
@@ -140,6 +145,9 @@ func (c RetryConfig) Validate() error {
 	var faults []error
 	if c.MaxAttempts < 1 {
 		faults = append(faults, fmt.Errorf("dispatch.max_attempts: must be at least 1, is %d", c.MaxAttempts))
+	}
+	if c.MaxAttempts > attemptsMost {
+		faults = append(faults, fmt.Errorf("dispatch.max_attempts: must be at most %d, is %d", attemptsMost, c.MaxAttempts))
 	}
 	if c.RetryInitial <= 0 {
 		faults = append(faults, fmt.Errorf("dispatch.retry_initial: must be more than 0s, is %v", c.RetryInitial))

@@ -64,8 +64,9 @@ type attempt struct {
 	NextAttemptAt *time.Time `json:"nextAttemptAt"`
 }
 
-// historyLimit is how many attempts an order remembers; replayed again and
-// again it would otherwise grow without end.
+// historyLimit is beyond how many attempts an order forgets those before its
+// last replay; replayed again and again it would otherwise grow without end. Of
+// those since then, which dispatch.max_attempts bounds, it forgets none.
 const historyLimit = 100
 
 // newID returns a UUIDv7 (RFC 9562, section 5.7).
@@ -171,8 +172,8 @@ func (o *order) remember(out contract.Outcome) {
 		entry.NextAttemptAt = &next
 	}
 	o.History = append(o.History, entry)
-	if extra := len(o.History) - historyLimit; extra > 0 {
-		o.History = o.History[extra:]
+	for len(o.History) > historyLimit && o.History[0].Number <= o.AttemptBase {
+		o.History = o.History[1:]
 	}
 }
 

@@ -118,13 +118,31 @@ func TestApplyASaveRevivesTheDead(t *testing.T) {
 	require.Nil(t, o.Problem)
 }
 
-func TestHistoryIsBounded(t *testing.T) {
+func TestAHistoryIsOfAllAttemptsSinceTheLastReplayAndOtherwiseBounded(t *testing.T) {
 	o := testOrder("A-1")
-	for n := 1; n <= historyLimit+10; n++ {
-		o.apply(outcome(contract.TypeAttemptFailed, n), t0, RetryConfig{MaxAttempts: 1 << 30, RetryInitial: 1, RetryMax: 1})
+	most := historyLimit + 50
+	fail := func(n int) {
+		o.apply(outcome(contract.TypeAttemptFailed, n), t0, RetryConfig{MaxAttempts: most, RetryInitial: 1, RetryMax: 1})
 	}
-	require.Len(t, o.History, historyLimit)
-	require.Equal(t, historyLimit+10, o.History[historyLimit-1].Number)
+	history := func(first, last int) {
+		t.Helper()
+		require.Len(t, o.History, last-first+1)
+		require.Equal(t, first, o.History[0].Number)
+		require.Equal(t, last, o.History[len(o.History)-1].Number)
+	}
+	for n := 1; n <= most; n++ {
+		fail(n)
+	}
+	require.Equal(t, contract.StatusDead, o.Status)
+	history(1, most)
+	require.Equal(t, save, o.replay(t0))
+	fail(most + 1)
+	history(most+2-historyLimit, most+1)
+	for n := most + 2; n <= 2*most; n++ {
+		fail(n)
+	}
+	require.Equal(t, contract.StatusDead, o.Status)
+	history(most+1, 2*most)
 }
 
 func TestPauseIsExponentialJitteredCappedAndObeysTheBackend(t *testing.T) {

@@ -489,6 +489,32 @@ var storeSuite = map[string]func(*testing.T, store){
 		require.ErrorIs(t, err, errNotFound)
 		require.Equal(t, int64(n-1), s.counts()[contract.StatusAccepted])
 	},
+	"keeps every attempt since the last replay": func(t *testing.T, s store) {
+		const most = historyLimit + 50
+		o := testOrder("A-1")
+		insertOrders(t, s, o)
+		fail := func(n int) {
+			update(t, s, o.ID, func(o *order) verdict {
+				return o.apply(outcome(contract.TypeAttemptFailed, n), t0, RetryConfig{MaxAttempts: most, RetryInitial: 1, RetryMax: 1})
+			})
+		}
+		kept := func() (numbers []int) {
+			got, err := s.get(t.Context(), o.ID)
+			require.NoError(t, err)
+			for _, a := range got.History {
+				numbers = append(numbers, a.Number)
+			}
+			return numbers
+		}
+		for n := 1; n <= most; n++ {
+			fail(n)
+		}
+		all := kept()
+		require.Len(t, all, most)
+		update(t, s, o.ID, func(o *order) verdict { return o.replay(t0) })
+		fail(most + 1)
+		require.Equal(t, append(all[most-historyLimit+1:], most+1), kept())
+	},
 	"takes over the outcome of a first attempt like any other": func(t *testing.T, s store) {
 		for _, kind := range []string{contract.TypeSaved, contract.TypeRejected, contract.TypeAttemptFailed} {
 			out := outcome(kind, 1)
