@@ -282,7 +282,7 @@ func testPreferWait(t *testing.T, h home) {
 
 func TestETagOfAnOrder(t *testing.T) {
 	b := backend(t, "--latency", "1ms")
-	g := serve(t, true, embedded(t.TempDir()), fast(b))
+	g := serve(t, true, embedded(t.TempDir()), fast(b, "backend.timeout", "10m"))
 	o := g.await(t, g.accept(t, "A-1").ID, "saved")
 	url := g.url + "/orders/" + o.ID
 	tag := do(t, http.MethodGet, url, "", nil).header.Get("ETag")
@@ -294,6 +294,14 @@ func TestETagOfAnOrder(t *testing.T) {
 		require.Equal(t, tag, a.header.Get("ETag"))
 	}
 	require.Equal(t, http.StatusOK, do(t, http.MethodGet, url, "", map[string]string{"If-None-Match": `"x"`}).status)
+
+	// One that waits, for a client that waits for news of it.
+	b.control(t, `{"latency": "10m"}`)
+	url = g.url + "/orders/" + g.accept(t, "A-2").ID
+	tag = do(t, http.MethodGet, url, "", nil).header.Get("ETag")
+	a := do(t, http.MethodGet, url, "", map[string]string{"If-None-Match": tag, "Prefer": "wait=1"})
+	require.Equal(t, http.StatusNotModified, a.status)
+	require.Equal(t, "wait=1", a.header.Get("Preference-Applied"))
 }
 
 func TestOrdersAreListedInPages(t *testing.T) { eachHome(t, testOrdersAreListedInPages) }

@@ -17,9 +17,13 @@ import (
 // await holds the request until the order is final, or the client's wait (or
 // intake.max_wait) is over, or the server drains. When it returns false, the
 // request has been answered.
-func (m *Module) await(w http.ResponseWriter, r *http.Request, o *order, d time.Duration) (*order, bool) {
+func (m *Module) await(w http.ResponseWriter, r *http.Request, o *order, d time.Duration) (_ *order, ok bool) {
 	d = min(d, m.cfg.MaxWait)
-	w.Header().Set("Preference-Applied", "wait="+strconv.Itoa(int(d/time.Second)))
+	defer func() {
+		if ok { // not with a problem
+			w.Header().Set("Preference-Applied", "wait="+strconv.Itoa(int(d/time.Second)))
+		}
+	}()
 	watch := m.waiters.watch(o.ID)
 	defer m.waiters.leave(watch)
 	current, err := m.store.get(r.Context(), o.ID)

@@ -94,6 +94,18 @@ func ask(m *Module, method, path string, header ...string) *httptest.ResponseRec
 	return w
 }
 
+func TestAProblemAfterAWaitAppliesNoPreference(t *testing.T) {
+	m, _, _ := testModule(t, 0)
+	o := submit(t, m, "A-1")
+	answered := make(chan *httptest.ResponseRecorder, 1)
+	go func() { answered <- ask(m, http.MethodGet, location(o), "Prefer", "wait=20") }()
+	soon(t, func() bool { return m.waiters.waiting() == 1 })
+	require.NoError(t, m.writer.do(t.Context(), &change{id: o.ID, update: func(*order) verdict { return remove }}))
+	a := <-answered
+	require.Equal(t, http.StatusNotFound, a.Code)
+	require.Empty(t, a.Header().Get("Preference-Applied"))
+}
+
 // waiting is how many orders are waited for.
 func (w *waiters) waiting() int {
 	w.mu.Lock()
