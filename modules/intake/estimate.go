@@ -53,8 +53,9 @@ const (
 // whatever the backlog, and its memory is bounded.
 //
 // It takes orders to be finished in the order in which they were accepted, as
-// brokers do it, more or less, and retries to be spread evenly among them. It
-// is safe for concurrent use.
+// brokers do it, more or less, and retries to be spread evenly among them.
+// Direct orders are not in the queue, and it leaves them out. It is safe for
+// concurrent use.
 type forecast struct {
 	counts func() map[contract.Status]int64
 
@@ -78,7 +79,7 @@ type drain struct {
 	finished, backlog int64
 }
 
-// tally is what the counts say.
+// tally is what the counts say of the orders of the queue.
 type tally struct {
 	accepted        int64 // ever
 	finished        int64 // ever
@@ -87,9 +88,9 @@ type tally struct {
 }
 
 func tallyOf(counts map[contract.Status]int64) tally {
-	t := tally{fresh: counts[contract.StatusAccepted], retrying: counts[contract.StatusRetrying]}
+	t := tally{fresh: counts[contract.StatusAccepted] - counts[statusDirect], retrying: counts[contract.StatusRetrying]}
 	t.backlog = t.fresh + t.retrying
-	t.finished = counts[statusPurged]
+	t.finished = counts[statusPurged] - counts[statusDirectFinal]
 	for _, status := range contract.Statuses() {
 		if status.Final() {
 			t.finished += counts[status]
@@ -120,7 +121,7 @@ func (f *forecast) seed(ctx context.Context, s store) error {
 	for i, id := range ids {
 		// Those that were accepted since the start have points already.
 		if at := idTime(id); at.Before(f.ranks[0].at) && len(before) < tallyPoints/2 {
-			before = append(before, point{at, t.accepted - t.fresh + int64(i+1)*every})
+			before = append(before, point{at, min(t.accepted, t.accepted-t.fresh+int64(i+1)*every)}) // direct ones are among them
 		}
 	}
 	f.ranks = append(before, f.ranks...)
@@ -150,7 +151,7 @@ func (f *forecast) look(now time.Time) {
 func (f *forecast) rank(now time.Time, t tally) {
 	n := len(f.ranks)
 	for i := n - 1; i >= 0 && f.ranks[i].accepted > t.accepted; i-- {
-		f.ranks[i].accepted = t.accepted // direct orders that were removed
+		f.ranks[i].accepted = t.accepted // a database took over that has not got them all
 	}
 	if n > 0 && t.accepted-f.ranks[n-1].accepted < max(1, t.backlog/tallyParts) {
 		return
@@ -211,6 +212,9 @@ func (f *forecast) of(o *order, now time.Time) expectation {
 	f.look(now)
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if o.Direct { // its call is under way: it waits for no other
+		return expectation{retryAfter: f.attempt}
+	}
 	t := tallyOf(f.counts())
 	rate, stalled := f.rate(now)
 	next := o.queuedAt()

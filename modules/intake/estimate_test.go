@@ -2,9 +2,12 @@ package intake
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"math"
+	"net/http/httptest"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -239,6 +242,84 @@ func TestAForecastIsSeededFromTheStore(t *testing.T) {
 				require.GreaterOrEqual(t, p, last)
 				last = p
 			}
+		})
+	}
+}
+
+// heldCalls is a backend of POST /orders/sync that answers when it is told to.
+type heldCalls struct {
+	begun   chan struct{}
+	outcome chan string // type of the outcome
+}
+
+func (h heldCalls) Attempt(_ context.Context, s contract.Submitted) (contract.Outcome, error) {
+	h.begun <- struct{}{}
+	return contract.Outcome{Type: <-h.outcome, OrderID: s.OrderID, Attempt: s.Attempt, StatusCode: 200}, nil
+}
+
+// Dispatch is stuck, and its ten orders stay where they are, whatever comes and
+// goes beside them.
+func TestDirectOrdersChangeNothingForThoseInTheQueue(t *testing.T) {
+	for _, kind := range storesUnderTest() {
+		t.Run(kind.name, func(t *testing.T) {
+			s := kind.open(t)
+			var last *order
+			for range 10 {
+				last = testOrder("")
+				insertOrders(t, s, last)
+			}
+			m := runModule(t, s, Bus{Publisher: &topicLog{}, System: "test"})
+			backend := heldCalls{make(chan struct{}), make(chan string)}
+			m.deps.Direct = backend
+			position := func(path string) int64 {
+				var res resource
+				require.NoError(t, json.Unmarshal(ask(m, "GET", path).Body.Bytes(), &res))
+				require.Nil(t, res.EstimatedCompletion, "nothing of the queue was finished")
+				if res.QueuePosition == nil {
+					return 0
+				}
+				return *res.QueuePosition
+			}
+			soon(t, func() bool { return position(location(last)) == 10 })
+
+			post := func(path, number string) *httptest.ResponseRecorder {
+				return sendTo(m, "POST", path, `{"orderNumber": "`+number+`", "customerId": "C", "currency": "EUR", "items": [{"sku": "S", "quantity": 1, "unitPrice": 1}]}`)
+			}
+			var calls sync.WaitGroup
+			codes := make([]int, 20)
+			for i := range codes {
+				calls.Go(func() { codes[i] = post("/orders/sync", fmt.Sprint("D-", i)).Code })
+				<-backend.begun
+			}
+			require.EqualValues(t, 30, waitingOrders(m), "the backlog is of all")
+			require.EqualValues(t, 10, position(location(last)))
+			var page struct{ Orders []resource }
+			require.NoError(t, json.Unmarshal(ask(m, "GET", "/orders?orderNumber=D-0").Body.Bytes(), &page))
+			require.Zero(t, position(page.Orders[0].Links.Self), "it is not in the queue")
+
+			backend.outcome <- contract.TypeAttemptFailed // of any of them
+			for range len(codes) - 1 {
+				backend.outcome <- contract.TypeSaved
+			}
+			calls.Wait()
+			require.EqualValues(t, 10, position(location(last)))
+			for until := time.Now().Add(2 * drainSpanMin); time.Now().Before(until); {
+				calls.Go(func() { post("/orders/sync", "E-1") })
+				<-backend.begun
+				backend.outcome <- contract.TypeRejected
+				calls.Wait()
+			}
+			require.EqualValues(t, 10, position(location(last)))
+
+			// An order is promised to a second client, and in the queue from then on.
+			calls.Go(func() { post("/orders/sync", "F-1") })
+			<-backend.begun
+			repeat := post("/orders", "F-1")
+			require.Equal(t, 202, repeat.Code)
+			require.InDelta(t, 11, position(repeat.Header().Get("Location")), 1)
+			require.EqualValues(t, 10, position(location(last)))
+			backend.outcome <- contract.TypeAttemptFailed
+			calls.Wait()
 		})
 	}
 }

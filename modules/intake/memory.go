@@ -75,6 +75,7 @@ func (s *memoryStore) insert(c *change) {
 	o := *c.insert
 	if holder, ok := s.holder(&o); ok {
 		if found := *s.at(holder); found.adopt(&o) == save {
+			recount(s.count, s.at(holder), &found)
 			s.put(&found)
 		}
 		if found := *s.at(holder); found.takesKey(&o) {
@@ -87,6 +88,7 @@ func (s *memoryStore) insert(c *change) {
 	}
 	c.changed = true
 	o.Size = len(o.Body)
+	recount(s.count, nil, &o)
 	s.put(&o)
 }
 
@@ -118,7 +120,6 @@ func (s *memoryStore) mark(m mark, at time.Time) {
 	}
 	o := *found
 	o.PublishAt = time.Time{}
-	o.Direct = false
 	s.put(&o)
 	if !m.dead {
 		s.published[o.ID] = at
@@ -137,9 +138,11 @@ func (s *memoryStore) update(c *change) {
 	case leave:
 	case save:
 		c.changed = true
+		recount(s.count, current, &o)
 		s.put(&o)
 	case remove:
 		c.changed = true
+		recount(s.count, current, nil)
 		s.drop(current)
 		return
 	}
@@ -154,7 +157,6 @@ func (s *memoryStore) put(o *order) {
 	}
 	id := string(o.ID[:])
 	s.orders.Set(id, o)
-	s.count[o.Status]++
 	if o.Number != "" && !o.NumberReleased {
 		s.number[ownedKey{o.Owner, o.Number}] = o.ID
 	}
@@ -173,7 +175,6 @@ func (s *memoryStore) drop(o *order) {
 	id := string(o.ID[:])
 	s.orders.Delete(id)
 	delete(s.published, o.ID)
-	s.count[o.Status]--
 	if o.Number != "" && !o.NumberReleased {
 		delete(s.number, ownedKey{o.Owner, o.Number})
 	}
@@ -360,6 +361,7 @@ func (s *memoryStore) purge(_ context.Context, finishedBefore time.Time, limit i
 		return true
 	})
 	for _, o := range old {
+		recount(s.count, o, nil)
 		s.drop(o)
 	}
 	s.count[statusPurged] += int64(len(old))

@@ -75,7 +75,7 @@ func requireTrueCounts(t *testing.T, dsn string, stores ...*postgresStore) {
 	require.NoError(t, err)
 	defer func() { require.NoError(t, conn.Close(context.Background())) }()
 	require.NoError(t, conn.QueryRow(t.Context(), `SELECT COALESCE(array_agg(status), '{}'), COALESCE(array_agg(n), '{}')
-		FROM (SELECT status, count(*) AS n FROM orders GROUP BY status) AS c`).Scan(&statuses, &numbers))
+		FROM (SELECT status, count(*) AS n FROM orders GROUP BY status UNION ALL SELECT 'direct', count(*) FROM orders WHERE direct HAVING count(*) > 0) AS c`).Scan(&statuses, &numbers))
 	want := map[contract.Status]int64{}
 	for i, status := range statuses {
 		want[contract.Status(status)] = numbers[i]
@@ -90,6 +90,7 @@ func requireTrueCounts(t *testing.T, dsn string, stores ...*postgresStore) {
 func stored(s store) map[contract.Status]int64 {
 	counts := nonZero(s.counts())
 	delete(counts, statusPurged)
+	delete(counts, statusDirectFinal)
 	return counts
 }
 
@@ -337,12 +338,12 @@ func mixedChanges(known []uuid.UUID) []*change {
 			case 0:
 				return remove
 			case 1:
-				o.NumberReleased = true
+				o.Direct, o.NumberReleased = false, true
 				return finishAs(contract.StatusRejected)(o)
 			case 2:
 				return leave
 			default:
-				o.Status, o.PublishAt = contract.StatusRetrying, now()
+				o.Direct, o.Status, o.PublishAt = false, contract.StatusRetrying, now()
 				return save
 			}
 		}})

@@ -39,8 +39,7 @@ const (
 	postgresLock = `SELECT id FROM orders WHERE id = ANY($1::uuid[]) ORDER BY id FOR UPDATE`
 	postgresLoad = postgresSelect + `WHERE id = ANY($1::uuid[]) ORDER BY id FOR UPDATE`
 
-	// Whatever the relay has published it has taken over, direct or not.
-	postgresMark = `UPDATE orders SET publish_at = NULL, direct = false, published_at = marked_at FROM (
+	postgresMark = `UPDATE orders SET publish_at = NULL, published_at = marked_at FROM (
 			SELECT o.id AS marked, m.at AS marked_at FROM unnest($1::uuid[], $2::int[], $3::bool[], $4::timestamptz[]) AS m (id, attempts, dead, at)
 			JOIN orders o ON o.id = m.id AND o.attempts = m.attempts AND (o.status = 'dead') = m.dead
 			ORDER BY o.id FOR UPDATE OF o) marks
@@ -217,7 +216,7 @@ func (w *postgresWrite) queueInsert(b *pgx.Batch) {
 		}
 		w.missing = slices.DeleteFunc(w.missing, func(c *change) bool {
 			if c.changed = done[c.insert.ID]; c.changed {
-				w.delta[c.insert.Status]++
+				recount(w.delta, nil, c.insert)
 			}
 			return c.changed
 		})
@@ -332,6 +331,7 @@ func (w *postgresWrite) adopt(ctx context.Context) error {
 			continue
 		}
 		if o.adopt(c.insert) == save {
+			w.delta[statusDirect]--
 			w.dirty[o.ID] = true
 		}
 		found := *o

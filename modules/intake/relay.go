@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -197,7 +198,7 @@ func (r *relay) turn(ctx context.Context) (int, error) {
 	if r.window > 0 {
 		group = relayBatch // nothing is marked
 	}
-	rest := orders
+	rest, err := r.inherit(ctx, orders)
 	// A slow broker must not let the claims run out: what there is no time for
 	// is claimed again.
 	for len(rest) > 0 && err == nil && ctx.Err() == nil && !r.late() {
@@ -209,6 +210,35 @@ func (r *relay) turn(ctx context.Context) (int, error) {
 		return 0, err
 	}
 	return len(orders), nil
+}
+
+// inherit makes orders of the queue of direct ones, whose call must have ended
+// by now and has left them here. It returns what is to be published: not those
+// whose call came to its end after all.
+func (r *relay) inherit(ctx context.Context, claimed []*order) ([]*order, error) {
+	var changes []*change
+	for _, o := range claimed {
+		if o.Direct {
+			changes = append(changes, &change{id: o.ID, update: func(o *order) verdict {
+				if !o.Direct {
+					return leave
+				}
+				o.Direct = false
+				return save
+			}})
+		}
+	}
+	if len(changes) == 0 {
+		return claimed, nil
+	}
+	if err := r.writer.do(ctx, changes...); err != nil {
+		return claimed, fmt.Errorf("take over %d direct orders: %w", len(changes), err)
+	}
+	ended := map[uuid.UUID]bool{}
+	for _, c := range changes {
+		ended[c.id] = c.found == nil || c.found.Status.Final()
+	}
+	return slices.DeleteFunc(claimed, func(o *order) bool { return ended[o.ID] }), nil
 }
 
 // marking is a write of marks that the relay does not wait for yet.

@@ -162,6 +162,40 @@ func TestRelayPublishesAndMarks(t *testing.T) {
 	require.Equal(t, []string{o.ID.String() + ".1"}, log.of(contract.TopicSubmitted))
 }
 
+// Their process is gone, or what became of them could not be stored.
+func TestRelayTakesOverDirectOrdersThatAreDue(t *testing.T) {
+	for _, kind := range storesUnderTest() {
+		for _, window := range []int{0, 10} {
+			t.Run(fmt.Sprint(kind.name, ", window of ", window), func(t *testing.T) {
+				s, log := kind.open(t), &topicLog{}
+				left, ended := testOrder("A-1"), testOrder("A-2")
+				left.Direct, ended.Direct = true, true
+				insertOrders(t, s, left, ended)
+				runModule(t, &lateEnd{store: s, id: ended.ID}, Bus{Publisher: log, Window: window, System: "test"})
+				soon(t, func() bool { return len(log.of(contract.TopicSubmitted)) > 0 })
+				require.Equal(t, []string{left.submitted().Message().UUID}, log.of(contract.TopicSubmitted))
+				got, err := s.get(t.Context(), left.ID)
+				require.NoError(t, err)
+				require.False(t, got.Direct)
+				require.Equal(t, map[contract.Status]int64{contract.StatusAccepted: 1, contract.StatusSaved: 1, statusDirectFinal: 1}, nonZero(s.counts()))
+			})
+		}
+	}
+}
+
+// lateEnd is a store in which an order becomes final when it has just been
+// claimed.
+type lateEnd struct {
+	store
+	id uuid.UUID
+}
+
+func (s *lateEnd) claim(ctx context.Context, now, until time.Time, limit, size int, skip func(uuid.UUID) bool) ([]*order, error) {
+	found, err := s.store.claim(ctx, now, until, limit, size, skip)
+	end := &change{id: s.id, update: func(o *order) verdict { return o.apply(outcome(contract.TypeSaved, 1), now, threeTry) }}
+	return found, errors.Join(err, s.store.write(ctx, []*change{end}))
+}
+
 func TestRelayDoesNotPublishAgainWhatItCouldNotMark(t *testing.T) {
 	m, s, log := testModule(t, 0)
 	s.breaks(func(c *change) bool { return c.marks != nil })

@@ -63,20 +63,19 @@ const (
 	insertRow   = `(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)`
 	insertGuard = ` ON CONFLICT DO NOTHING`
 	selectOrder = `SELECT ` + orderColumns + ` FROM orders `
-	selectDue   = `SELECT id, number, status, attempts, accepted_at, updated_at, publish_at, trace_parent, trace_state,
+	selectDue   = `SELECT id, number, status, attempts, direct, accepted_at, updated_at, publish_at, trace_parent, trace_state,
 		backend_status, history, size, content_type, body FROM orders `
 	// Without released, which is in an index: to name a column is to write all of
 	// its indexes, changed or not.
 	updateOrder = `UPDATE orders SET status=?, attempts=?, attempt_base=?, direct=?, updated_at=?, finished_at=?,
 		publish_at=?, backend_status=?, backend_type=?, backend_body=?, problem=?, history=? WHERE id=?`
-	updateFirst  = updateOrder + ` AND attempts=0 AND status='accepted'`
+	updateFirst  = updateOrder + ` AND attempts=0 AND status='accepted' AND direct=0`
 	releaseOrder = `UPDATE orders SET released=id WHERE id=?`
 	sqliteCount  = `INSERT INTO order_counts (status, n) VALUES (?, ?) ON CONFLICT (status) DO UPDATE SET n = n + excluded.n`
 	// It says what orders_waiting holds, so that the planner sees that it fits.
 	sqliteSample = `SELECT id FROM (SELECT id, row_number() OVER (ORDER BY id) AS rank FROM orders WHERE status='accepted' AND finished_at IS NULL)
 		WHERE rank % ? = 0 ORDER BY rank`
-	// Whatever the relay has published it has taken over, direct or not.
-	markOrder = `UPDATE orders SET publish_at=NULL, direct=0, published_at=? WHERE attempts=? AND (status='dead')=? AND id IN `
+	markOrder = `UPDATE orders SET publish_at=NULL, published_at=? WHERE attempts=? AND (status='dead')=? AND id IN `
 )
 
 func openSQLiteStore(ctx context.Context, path string, logger *slog.Logger) (*sqliteStore, error) {
@@ -316,7 +315,7 @@ func (w *sqliteWrite) insert(ctx context.Context, changes []*change) error {
 	}
 	for _, c := range changes {
 		if c.changed {
-			w.delta[c.insert.Status]++
+			recount(w.delta, nil, c.insert)
 		}
 	}
 	return nil
@@ -349,6 +348,7 @@ func (w *sqliteWrite) resolve(ctx context.Context, changes []*change) error {
 			return fmt.Errorf("order %s was not inserted, and nothing holds its number %q or key", o.ID, o.Number)
 		}
 		if c.found.adopt(o) == save {
+			w.delta[statusDirect]--
 			if err := w.put(ctx, c.found); err != nil {
 				return err
 			}
@@ -429,8 +429,7 @@ func (w *sqliteWrite) first(ctx context.Context, c *change) (bool, error) {
 		return false, err
 	}
 	c.found, c.changed = o, true
-	w.delta[contract.StatusAccepted]--
-	w.delta[o.Status]++
+	recount(w.delta, blank(c.id), o)
 	return true, nil
 }
 
@@ -631,7 +630,7 @@ func (s *sqliteStore) renew(context.Context, []mark, time.Time) error { return n
 // recover knows that no direct call is under way: the lock of the file says that
 // no other process is, and this one has not begun.
 func (s *sqliteStore) recover(ctx context.Context, now time.Time) (int, error) {
-	n, err := s.exec(ctx, `UPDATE orders SET publish_at=?1, direct=0 WHERE finished_at IS NULL AND publish_at > ?1 AND direct=1`, now.UnixMicro())
+	n, err := s.exec(ctx, `UPDATE orders SET publish_at=?1 WHERE finished_at IS NULL AND publish_at > ?1 AND direct=1`, now.UnixMicro())
 	if err != nil {
 		return 0, fmt.Errorf("recover direct orders: %w", err)
 	}
@@ -849,7 +848,7 @@ func scanDue(row scanner) (*order, error) {
 		accepted, updated int64
 		publish           sql.NullInt64
 	)
-	if err := row.Scan(&id, &number, &o.Status, &o.Attempts, &accepted, &updated, &publish, &o.TraceParent, &o.TraceState,
+	if err := row.Scan(&id, &number, &o.Status, &o.Attempts, &o.Direct, &accepted, &updated, &publish, &o.TraceParent, &o.TraceState,
 		&o.BackendStatus, &history, &o.Size, &o.ContentType, &o.Body); err != nil {
 		return nil, err
 	}

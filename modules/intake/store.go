@@ -69,8 +69,8 @@ type store interface {
 	carrier(ctx context.Context) (string, error)
 	setCarrier(ctx context.Context, name string) error
 
-	// counts returns the number of orders in each state, and as statusPurged
-	// that of those that were purged. It does no I/O.
+	// counts returns the number of orders in each state, and beside them those
+	// of statusPurged, statusDirect and statusDirectFinal. It does no I/O.
 	counts() map[contract.Status]int64
 	// sample returns the ids of every n-th order that waits for its first
 	// attempt, oldest first. It looks at all of them, but at nothing else.
@@ -110,17 +110,17 @@ type change struct {
 	// first says that update is the outcome of the order's first attempt. Until
 	// then all orders are alike in what an outcome looks at, so a store may
 	// give update a blank one instead of reading the order; then found is
-	// that. What becomes of it counts only if the order is stored as accepted
-	// and never attempted, which it is once in its life; if not, update is
-	// called again, with the order as it is.
+	// that. What becomes of it counts only if the order is stored as accepted,
+	// never attempted and not direct, which it is once in its life; if not,
+	// update is called again, with the order as it is.
 	first bool
 
 	found   *order
 	changed bool
 }
 
-// blank is an order as it is until its first attempt has ended, as far as the
-// outcome of that depends on it.
+// blank is an order of the queue as it is until its first attempt has ended, as
+// far as the outcome of that depends on it.
 func blank(id uuid.UUID) *order { return &order{ID: id, Status: contract.StatusAccepted} }
 
 // perform lets the change have the order that it is about, nil if there is none,
@@ -130,17 +130,16 @@ func (c *change) perform(o *order, counts map[contract.Status]int64) verdict {
 	if o == nil {
 		return leave
 	}
-	before := o.Status
+	before := order{Status: o.Status, Direct: o.Direct}
 	v := c.update(o)
 	switch v {
 	case leave:
 	case save:
 		c.changed = true
-		counts[before]--
-		counts[o.Status]++
+		recount(counts, &before, o)
 	case remove:
 		c.changed = true
-		counts[before]--
+		recount(counts, &before, nil)
 		return remove
 	}
 	found := *o
@@ -157,9 +156,36 @@ type mark struct {
 	dead     bool // the news: a replay makes the order due and counts no attempt
 }
 
-// statusPurged stands in the counts for orders that are not there any more. With
-// them, the counts tell how many orders have been accepted and finished.
-const statusPurged contract.Status = "purged"
+const (
+	// statusPurged stands in the counts for orders that are not there any more.
+	// With them, the counts tell how many orders have been accepted and finished.
+	statusPurged contract.Status = "purged"
+	// statusDirect stands for orders that are direct, and statusDirectFinal for
+	// those that ever became final as such. They are in the counts of their
+	// status as well; with these they can be told from the orders of the queue.
+	statusDirect      contract.Status = "direct"
+	statusDirectFinal contract.Status = "direct final"
+)
+
+// recount takes what became of an order over into the counts. Before is nil if
+// there was none, after if there is none any more.
+func recount(counts map[contract.Status]int64, before, after *order) {
+	if before != nil {
+		counts[before.Status]--
+		if before.Direct {
+			counts[statusDirect]--
+		}
+	}
+	if after != nil {
+		counts[after.Status]++
+		if after.Direct {
+			counts[statusDirect]++
+		}
+	}
+	if before != nil && after != nil && before.Direct && after.Status.Final() {
+		counts[statusDirectFinal]++
+	}
+}
 
 var (
 	// errNotFound is returned by store.get.

@@ -112,9 +112,7 @@ func TestStore(t *testing.T) {
 				require.NoError(t, err)
 				require.Equal(t, 1, n)
 				require.ElementsMatch(t, []uuid.UUID{direct.ID}, dueIDs(t, s, published.AcceptedAt))
-				o, err := s.get(t.Context(), direct.ID)
-				require.NoError(t, err)
-				require.False(t, o.Direct)
+				require.Equal(t, int64(1), s.counts()[statusDirect], "until the relay takes it over")
 			})
 		})
 	}
@@ -427,6 +425,35 @@ var storeSuite = map[string]func(*testing.T, store){
 		require.NoError(t, err)
 		require.False(t, o.Direct)
 	},
+	"counts direct orders, and those that became final as such": func(t *testing.T, s store) {
+		saved, rejected, failed, adopted, tried := testOrder("A-1"), testOrder("A-2"), testOrder("A-3"), testOrder("A-4"), testOrder("A-5")
+		for _, o := range []*order{saved, rejected, failed, adopted, tried} {
+			o.Direct = true
+		}
+		insertOrders(t, s, saved, rejected, failed, adopted, tried)
+		counted := func(want map[contract.Status]int64) {
+			t.Helper()
+			require.Equal(t, want, nonZero(s.counts()))
+		}
+		counted(map[contract.Status]int64{contract.StatusAccepted: 5, statusDirect: 5})
+		for range 2 {
+			repeat := testOrder("A-4")
+			repeat.Hash = adopted.Hash
+			writeAll(t, s, &change{insert: repeat})
+		}
+		counted(map[contract.Status]int64{contract.StatusAccepted: 5, statusDirect: 4})
+		ends := func(o *order, kind string) *change {
+			return &change{id: o.ID, first: true, update: func(o *order) verdict { return o.apply(outcome(kind, 1), t0, threeTry) }}
+		}
+		writeAll(t, s, ends(saved, contract.TypeSaved), ends(rejected, contract.TypeRejected), ends(adopted, contract.TypeSaved),
+			ends(tried, contract.TypeAttemptFailed))
+		update(t, s, failed.ID, func(*order) verdict { return remove })
+		counted(map[contract.Status]int64{contract.StatusSaved: 2, contract.StatusRejected: 1, contract.StatusRetrying: 1, statusDirectFinal: 2})
+		purged, err := s.purge(t.Context(), t0.Add(time.Minute), 10)
+		require.NoError(t, err)
+		require.Equal(t, 3, purged)
+		counted(map[contract.Status]int64{contract.StatusRetrying: 1, statusPurged: 3, statusDirectFinal: 2})
+	},
 	"updates, removes, leaves, and says so": func(t *testing.T, s store) {
 		o := testOrder("A-1")
 		insertOrders(t, s, o)
@@ -619,7 +646,6 @@ var storeSuite = map[string]func(*testing.T, store){
 	},
 	"marks what was published, unless the order has gone on": func(t *testing.T, s store) {
 		a, b := testOrder("A"), testOrder("B")
-		a.Direct = true // its process is gone, the relay took it over
 		insertOrders(t, s, a, b)
 		update(t, s, b.ID, func(o *order) verdict {
 			o.Attempts, o.Status = 1, contract.StatusRetrying
@@ -629,7 +655,6 @@ var storeSuite = map[string]func(*testing.T, store){
 		require.Equal(t, []uuid.UUID{b.ID}, dueIDs(t, s, b.PublishAt))
 		o, err := s.get(t.Context(), a.ID)
 		require.NoError(t, err)
-		require.False(t, o.Direct)
 		require.True(t, o.PublishAt.IsZero())
 	},
 	"marks the news of a dead order, unless it has been replayed": func(t *testing.T, s store) {

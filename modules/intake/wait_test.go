@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -83,9 +84,17 @@ func TestStatesOfAnOrderAreInOrder(t *testing.T) {
 // ask sends a request to the module's routes and returns the answer when it is
 // complete.
 func ask(m *Module, method, path string, header ...string) *httptest.ResponseRecorder {
+	return sendTo(m, method, path, "", header...)
+}
+
+// sendTo is ask with a body.
+func sendTo(m *Module, method, path, body string, header ...string) *httptest.ResponseRecorder {
 	mux := http.NewServeMux()
 	m.Routes(mux)
-	r := httptest.NewRequest(method, path, nil)
+	r := httptest.NewRequest(method, path, strings.NewReader(body))
+	if body != "" {
+		r.Header.Set("Content-Type", "application/json")
+	}
 	for i := 0; i+1 < len(header); i += 2 {
 		r.Header.Set(header[i], header[i+1])
 	}

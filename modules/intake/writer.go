@@ -31,11 +31,11 @@ func newWriter(s store, committed func([]*change)) *writer {
 	}})}
 }
 
-// do makes the change durable and fills in its results. It waits for the
-// commit; if ctx ends first, the change may still happen, and its results must
-// not be read.
-func (w *writer) do(ctx context.Context, c *change) error {
-	return w.group.Do(ctx, c)
+// do makes the changes durable and fills in their results. It waits for the
+// commit; if ctx ends first, they may still happen, and their results must not
+// be read.
+func (w *writer) do(ctx context.Context, changes ...*change) error {
+	return w.group.Do(ctx, changes...)
 }
 
 // submit is do without the waiting: what it returns waits.
