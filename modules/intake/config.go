@@ -122,7 +122,7 @@ func errUnknownDriver(name string) error {
 // schedule, so that a waiting order holds no slot of dispatch.
 type RetryConfig struct {
 	// MaxAttempts is how often an order is tried before it is dead. At most
-	// 10,000: an order remembers all of them.
+	// 1,000: an order remembers all of them, and each outcome writes them anew.
 	MaxAttempts int `koanf:"max_attempts"`
 	// RetryInitial is the upper end of the first pause; it doubles with every
 	// further one.
@@ -131,9 +131,9 @@ type RetryConfig struct {
 	RetryMax time.Duration `koanf:"retry_max"`
 }
 
-// attemptsMost bounds what an order remembers of its attempts, some hundred
-// bytes of each.
-const attemptsMost = 10_000
+// attemptsMost bounds what an order remembers of its attempts, some two hundred
+// bytes of each. With the default pauses they take nearly two days.
+const attemptsMost = 1000
 
 // DefaultRetryConfig returns the settings that hold where nothing else is said.
 func DefaultRetryConfig() RetryConfig {

@@ -88,7 +88,8 @@ type tally struct {
 }
 
 func tallyOf(counts map[contract.Status]int64) tally {
-	t := tally{fresh: counts[contract.StatusAccepted] - counts[statusDirect], retrying: counts[contract.StatusRetrying]}
+	// At least none: on PostgreSQL, processes of a version that did not tell direct orders apart leave wrong counts.
+	t := tally{fresh: max(0, counts[contract.StatusAccepted]-max(0, counts[statusDirect])), retrying: counts[contract.StatusRetrying]}
 	t.backlog = t.fresh + t.retrying
 	t.finished = counts[statusPurged] - counts[statusDirectFinal]
 	for _, status := range contract.Statuses() {

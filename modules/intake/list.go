@@ -25,7 +25,7 @@ type query struct {
 type page struct {
 	orders []*order
 	next   uuid.UUID // the list goes on with orders before this one; uuid.Nil = it ends here
-	size   int       // of what the backend has said of orders
+	size   int       // of what the backend has said of orders, and of what is remembered of attempts
 }
 
 // take adds the next order, or notes that it belongs to the next page. It
@@ -36,7 +36,7 @@ func (p *page) take(o *order, limit int) bool {
 		return false
 	}
 	p.orders = append(p.orders, o)
-	p.size += len(o.BackendBody) + len(o.Problem)
+	p.size += len(o.BackendBody) + len(o.Problem) + o.historySize
 	return true
 }
 
@@ -80,6 +80,7 @@ func findPage(ctx context.Context, s store, q query, reach int) (page, error) {
 		if q.floor, err = s.floor(ctx, q, n); err != nil {
 			return page{}, err
 		}
+		clear(q.floor[6:]) // it can be the order of another name: its millisecond is enough
 		found, err := s.list(ctx, q)
 		if err != nil || found.next != uuid.Nil {
 			return found, err

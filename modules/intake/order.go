@@ -33,6 +33,7 @@ type order struct {
 	Attempts    int // finished ones
 	AttemptBase int // attempts that a replay wiped off the limit
 	History     []attempt
+	historySize int // as it was read from a database, in bytes
 
 	AcceptedAt time.Time
 	UpdatedAt  time.Time

@@ -194,7 +194,7 @@ func postgresList(q query) (statement string, args []any) {
 	q.number, _ = indexable(q.number)
 	newest, args := q.pageStatement(postgresColumns)
 	return numbered(fmt.Sprintf(`SELECT %[1]s FROM (
-			SELECT %[1]s, sum(coalesce(octet_length(backend_body), 0) + coalesce(octet_length(problem), 0))
+			SELECT %[1]s, sum(coalesce(octet_length(backend_body), 0) + coalesce(octet_length(problem), 0) + coalesce(octet_length(history), 0))
 				OVER (ORDER BY id DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 2 PRECEDING) AS ahead
 			FROM (%[2]s) AS newest) AS weighed
 		WHERE coalesce(ahead, 0) < %[3]d ORDER BY id DESC`, postgresColumns, newest, pageBytes)), args
@@ -501,6 +501,7 @@ func scanPostgresOrder(row scanner, more ...any) (*order, error) {
 	o.AcceptedAt, o.UpdatedAt = accepted.UTC(), updated.UTC()
 	o.FinishedAt, o.PublishAt = utc(finished), utc(publish)
 	var err error
+	o.historySize = len(history)
 	o.History, err = decodeHistory(o.ID, history)
 	return &o, err
 }

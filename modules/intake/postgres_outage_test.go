@@ -195,6 +195,23 @@ func TestPostgresFindsOutWhetherItCommitted(t *testing.T) {
 	}
 }
 
+// A server that crashed has lost the transaction, and given its number to another one, which was committed.
+func TestPostgresTrustsNoNumberOfATransaction(t *testing.T) {
+	dsn := services.Postgres(t)
+	s := openPostgres(t, dsn)
+	defer func() { require.NoError(t, s.close()) }()
+	there, lost := testOrder("A"), testOrder("B")
+	insertOrders(t, s, there)
+	committed := uint64(askPostgres[int64](t, dsn, `SELECT pg_current_xact_id()::text::bigint`))
+	for o, want := range map[*order]bool{there: true, lost: false} {
+		got, err := s.fate(t.Context(), committed, []*change{{insert: o, changed: true}})
+		require.NoError(t, err)
+		require.Equal(t, want, got, o.Number)
+	}
+	_, err := s.fate(t.Context(), committed, []*change{{id: there.ID}, {insert: lost}})
+	require.Error(t, err, "nothing that it inserted")
+}
+
 // The commit happens, its answer is lost, and then the server cannot be asked: the error says that nobody knows, and
 // whoever repeats the change later finds it.
 func TestPostgresSaysWhenACommitIsUncertain(t *testing.T) {

@@ -56,7 +56,10 @@ const (
 
 	postgresDelete = `DELETE FROM orders WHERE id = ANY($1::uuid[])`
 
-	postgresBind = `UPDATE orders SET idempotency_key = $2 WHERE id = $1 AND idempotency_key IS NULL`
+	// Without waiting for whoever has locked the order: they may be waiting for
+	// what this transaction has locked.
+	postgresBind = `UPDATE orders SET idempotency_key = $2 WHERE id = (
+			SELECT id FROM orders WHERE id = $1 AND idempotency_key IS NULL FOR UPDATE SKIP LOCKED)`
 
 	// Known before the commit, whose answer can get lost.
 	postgresXID = `SELECT pg_current_xact_id()::text::bigint`
@@ -66,14 +69,15 @@ const (
 // and locks what is to be updated, and one that updates and commits. Only where
 // insertions meet orders that are there already it needs more.
 //
-// If the connection is lost during the commit, the server is asked whether it
-// happened, for as long as uncertainFor. If nobody can tell even then, the error
-// is database.ErrUncertain; a client that repeats its order finds it, or makes it.
+// If the connection is lost during the commit of an insertion, the server is
+// asked whether it happened, for as long as uncertainFor. If nobody can tell even
+// then, the error is database.ErrUncertain; a client that repeats its order finds
+// it, or makes it.
 func (s *postgresStore) write(ctx context.Context, changes []*change) error {
 	for {
 		w, err := s.try(ctx, changes)
 		if errors.Is(err, database.ErrUncertain) {
-			committed, unknown := s.fate(ctx, w.xid)
+			committed, unknown := s.fate(ctx, w.xid, changes)
 			switch {
 			case unknown != nil:
 				return fmt.Errorf("%w; and then: %w", err, unknown)
@@ -114,27 +118,38 @@ const (
 	uncertainFor   = 2 * time.Second
 	uncertainPause = 50 * time.Millisecond
 
-	// A transaction that the server lost in a crash counts as aborted. NULL is
-	// one that it has forgotten, and that of a server which took over and never
-	// heard of it is an error.
-	postgresFate = `SELECT COALESCE(pg_xact_status($1::text::xid8), 'forgotten')`
+	// NULL is a transaction that the server has forgotten; one that it has not
+	// heard of is an error.
+	postgresFate   = `SELECT COALESCE(pg_xact_status($1::text::xid8), 'forgotten')`
+	postgresExists = `SELECT EXISTS (SELECT 1 FROM orders WHERE id = $1)`
 )
 
 // fate asks what became of a transaction whose commit got no answer, until the
 // server tells: the commit may still be under way.
-func (s *postgresStore) fate(ctx context.Context, xid uint64) (committed bool, err error) {
+//
+// A server that crashed, or that took over, can give the number of a transaction
+// that it lost to another one. So it says when the transaction has ended, and an
+// order that was inserted in it says how. Without insertions nobody can tell.
+func (s *postgresStore) fate(ctx context.Context, xid uint64, changes []*change) (committed bool, err error) {
+	i := slices.IndexFunc(changes, func(c *change) bool { return c.insert != nil && c.changed })
+	if i < 0 {
+		return false, errors.New("it has inserted nothing by which it could be told")
+	}
+	witness := [16]byte(changes[i].insert.ID)
 	ctx, cancel := context.WithTimeout(ctx, uncertainFor)
 	defer cancel()
 	for {
 		var status string
+		var there bool
 		err := s.db.Read(ctx, func(ctx context.Context, conn *pgx.Conn) error {
-			return conn.QueryRow(ctx, postgresFate, strconv.FormatUint(xid, 10)).Scan(&status)
+			if err := conn.QueryRow(ctx, postgresFate, strconv.FormatUint(xid, 10)).Scan(&status); err != nil {
+				return err
+			}
+			return conn.QueryRow(ctx, postgresExists, witness).Scan(&there) // as it is after that
 		})
 		switch {
-		case err == nil && status == "committed":
-			return true, nil
-		case err == nil && status == "aborted":
-			return false, nil
+		case err == nil && (status == "committed" || status == "aborted"):
+			return there, nil
 		case ctx.Err() != nil && err != nil:
 			return false, fmt.Errorf("ask what became of transaction %d: %w", xid, err)
 		case ctx.Err() != nil:
@@ -340,7 +355,8 @@ func (w *postgresWrite) adopt(ctx context.Context) error {
 	return nil
 }
 
-// bind gives keys to the holders that take them. Of two orders that are to get
+// bind gives keys to the holders that take them, but for those that are locked at
+// the moment: they get theirs from another repetition. Of two orders that are to get
 // the same key, the second then finds the first. Where another transaction was
 // quicker, the key is not unique, and this one is tried again from the start.
 func (w *postgresWrite) bind(ctx context.Context) error {

@@ -859,6 +859,7 @@ func scanDue(row scanner) (*order, error) {
 		o.PublishAt = time.UnixMicro(publish.Int64).UTC()
 	}
 	var err error
+	o.historySize = len(history)
 	o.History, err = decodeHistory(o.ID, history)
 	return &o, err
 }
@@ -889,6 +890,7 @@ func scanOrder(row scanner) (*order, error) {
 		o.PublishAt = time.UnixMicro(publish.Int64).UTC()
 	}
 	var err error
+	o.historySize = len(history)
 	o.History, err = decodeHistory(o.ID, history)
 	return &o, err
 }

@@ -93,7 +93,8 @@ type change struct {
 	// insert adds an order, unless its number or its idempotency key is taken
 	// within its owner's orders. Then found is the order that holds the key
 	// or, if the key is free, the number. If that is the same order, it is
-	// adopted (order.adopt), and takes a key (order.takesKey).
+	// adopted (order.adopt), and takes a key (order.takesKey), unless another
+	// process changes it at this moment.
 	insert *order
 
 	// marks notes that the relay has published orders, all of them before
