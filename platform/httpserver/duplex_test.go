@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -153,6 +155,53 @@ func testDuplex(t *testing.T, protocol int) {
 		}
 		require.NoError(t, server.Shutdown(t.Context()), "nothing is in flight")
 	})
+}
+
+// What is left of a body must not be taken for the next request (request smuggling), and the answer must arrive all the
+// same.
+func TestABodyThatIsNotReadToItsEndIsTheLastOfItsConnection(t *testing.T) {
+	cfg := httpserver.DefaultConfig()
+	cfg.ReadHeaderTimeout, cfg.ReadTimeout = 200*time.Millisecond, 200*time.Millisecond
+	var smuggled atomic.Int64
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /echo", echoLines)
+	mux.HandleFunc("GET /", func(http.ResponseWriter, *http.Request) { smuggled.Add(1) })
+	server := serve(t, cfg, mux)
+	const head = "POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+	for name, text := range map[string]struct{ begin, rest, last string }{
+		"it comes too late":  {head + "6\r\nfirst\n\r\n", "GET /inner HTTP/1.1\r\nHost: x\r\n\r\n", "request-timeout"},
+		"it is malformed":    {head + "6\r\nfirst\n\r\nnonsense\r\n", "GET /inner HTTP/1.1\r\nHost: x\r\n\r\n", "incomplete-body"},
+		"it comes to an end": {head + "6\r\nfirst\n\r\n0\r\n\r\n", "", "EOF"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			conn, err := net.Dial("tcp", server.Addr())
+			require.NoError(t, err)
+			defer func() { require.NoError(t, conn.Close()) }()
+			require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
+			_, err = io.WriteString(conn, text.begin)
+			require.NoError(t, err)
+			in := bufio.NewReader(conn)
+			response, err := http.ReadResponse(in, nil)
+			require.NoError(t, err)
+			answer, err := io.ReadAll(response.Body)
+			require.NoError(t, errors.Join(err, response.Body.Close()))
+			require.Contains(t, string(answer), "first\n")
+			require.Contains(t, string(answer), text.last)
+			_, _ = io.WriteString(conn, text.rest) // of a connection that may be closed by now
+			if text.last == "EOF" {
+				_, err = io.WriteString(conn, "GET /next HTTP/1.1\r\nHost: x\r\n\r\n")
+				require.NoError(t, err)
+				response, err = http.ReadResponse(in, nil)
+				require.NoError(t, err)
+				require.NoError(t, response.Body.Close())
+				require.EqualValues(t, 1, smuggled.Swap(0))
+				return
+			}
+			_, err = in.ReadByte()
+			require.ErrorIs(t, err, io.EOF)
+			require.Zero(t, smuggled.Load())
+		})
+	}
 }
 
 func TestDuplexWantsAServer(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log"
 	"log/slog"
 	"net"
@@ -34,10 +35,15 @@ type Server struct {
 	cancel    context.CancelFunc // ends every request's context
 
 	unused sync.Map // net.Conn: connections that have not sent a request yet
+	spoilt sync.Map // net.Conn: connections in the middle of a body that nobody reads on
 }
 
-// serverKey is the key of the *Server in every request's context.
-type serverKey struct{}
+// serverKey is the key of the *Server in every request's context, connKey that of
+// its net.Conn.
+type (
+	serverKey struct{}
+	connKey   struct{}
+)
 
 // Listen binds addr at once, so that a port in use fails the start with one
 // clear line; connections wait in the kernel until Serve. The name stands in
@@ -88,8 +94,11 @@ func Listen(name, addr string, cfg Config, h http.Handler, logger *slog.Logger) 
 		IdleTimeout:       cfg.IdleTimeout,
 		MaxHeaderBytes:    int(cfg.MaxHeader),
 		BaseContext:       func(net.Listener) context.Context { return base },
-		ConnState:         s.trackUnused,
-		ErrorLog:          log.New(errorLog{logger}, "", 0),
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, conn)
+		},
+		ConnState: s.track,
+		ErrorLog:  log.New(errorLog{logger}, "", 0),
 	}
 	s.server.RegisterOnShutdown(s.closeUnused)
 	logger.Info("listening", "addr", s.Addr(), "tls", tlsConfig != nil)
@@ -156,6 +165,36 @@ func (s *Server) count(h http.Handler) http.Handler {
 		}
 		h.ServeHTTP(w, r)
 	})
+}
+
+func (s *Server) track(conn net.Conn, state http.ConnState) {
+	s.trackUnused(conn, state)
+	switch state {
+	case http.StateIdle:
+		if _, ok := s.spoilt.LoadAndDelete(conn); ok {
+			hangUp(conn)
+		}
+	case http.StateClosed, http.StateHijacked:
+		s.spoilt.Delete(conn)
+	}
+}
+
+const (
+	hangUpTime = time.Second
+	hangUpSize = 1 << 20
+)
+
+// hangUp closes a connection whose client may still be sending. Data that comes
+// to a closed connection resets it, and what the client has not read yet of the
+// answer is lost then (RFC 9112, section 9.6): so it says that nothing more will
+// come, and listens for a moment.
+func hangUp(conn net.Conn) {
+	if half, ok := conn.(interface{ CloseWrite() error }); ok {
+		_ = half.CloseWrite()
+		_ = conn.SetReadDeadline(time.Now().Add(hangUpTime))
+		_, _ = io.Copy(io.Discard, io.LimitReader(conn, hangUpSize))
+	}
+	_ = conn.Close()
 }
 
 // trackUnused and closeUnused save a shutdown the five seconds that net/http
